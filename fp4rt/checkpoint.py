@@ -1,0 +1,242 @@
+"""config.json and memory-mapped safetensors: a checkpoint directory as named, typed, checked byte ranges.
+
+The container is parsed here (https://huggingface.co/docs/safetensors) because numpy has no name for BF16 and FP8, and
+because every length in it is a stranger's claim that must be checked before it is believed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fp4rt.errors import Fp4rtError
+
+MAX_HEADER_BYTES = 100 << 20  # the limit of the safetensors library itself
+MAX_JSON_BYTES = 64 << 20
+
+# How each safetensors dtype is held in numpy: the bits, not the meaning, where numpy has no such number.
+STORAGE = {
+    "BOOL": np.dtype(np.bool_), "U8": np.dtype(np.uint8), "I8": np.dtype(np.int8), "F8_E4M3": np.dtype(np.uint8),
+    "F8_E5M2": np.dtype(np.uint8), "F8_E8M0": np.dtype(np.uint8), "U16": np.dtype("<u2"), "I16": np.dtype("<i2"),
+    "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "U32": np.dtype("<u4"), "I32": np.dtype("<i4"),
+    "F32": np.dtype("<f4"), "U64": np.dtype("<u8"), "I64": np.dtype("<i8"), "F64": np.dtype("<f8"),
+}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor as it lies in a file: `data` has the storage dtype (BF16 as uint16, FP8 as uint8)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: np.ndarray
+    file: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: tensor {self.name} ({self.dtype} {list(self.shape)})"
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where a tensor lies: byte offsets from the start of its file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of strangers, or an Fp4rtError("checkpoint") that names the file."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise Fp4rtError("checkpoint", f"{path}: {path.stat().st_size} bytes is too large for a JSON file here")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Fp4rtError("checkpoint", f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise Fp4rtError("checkpoint", f"{path}: not valid JSON ({error}); download it again") from None
+    if not isinstance(value, dict):
+        raise Fp4rtError("checkpoint", f"{path}: holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def read_header(path: Path) -> dict[str, _Entry]:
+    """The tensors of one safetensors file, every claim in its header checked against the file's size."""
+    def broken(what: str) -> Fp4rtError:
+        return Fp4rtError("checkpoint", f"{path}: {what}; the file is damaged or incomplete, download it again")
+
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            prefix = stream.read(8)
+            if len(prefix) < 8:
+                raise broken(f"{size} bytes is too short for a safetensors file")
+            length = int.from_bytes(prefix, "little")
+            if length > min(MAX_HEADER_BYTES, size - 8):
+                raise broken(f"its header claims {length} bytes in a file of {size}")
+            raw = stream.read(length)
+    except OSError as error:
+        raise Fp4rtError("checkpoint", f"{path}: cannot be read ({error.strerror})") from None
+    try:
+        header = json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise broken(f"its header is not valid JSON ({error})") from None
+    if not isinstance(header, dict):
+        raise broken("its header is not a JSON object")
+
+    entries: dict[str, _Entry] = {}
+    start = 8 + length
+    for name, info in header.items():
+        if name == "__metadata__":
+            continue
+        if not isinstance(info, dict) or not {"dtype", "shape", "data_offsets"} <= info.keys():
+            raise broken(f"tensor {name} lacks dtype, shape or data_offsets")
+        dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+        if dtype not in STORAGE:
+            raise Fp4rtError("checkpoint", f"{path}: tensor {name} has dtype {dtype!r}, which fp4rt does not read")
+        if not (isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)):
+            raise broken(f"tensor {name} has shape {shape!r}")
+        if not (isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int for n in offsets)):
+            raise broken(f"tensor {name} has data_offsets {offsets!r}")
+        begin, end = offsets
+        if not 0 <= begin <= end <= size - start:
+            raise broken(f"tensor {name} lies at bytes {begin}:{end} of {size - start}")
+        if math.prod(shape) * STORAGE[dtype].itemsize != end - begin:
+            raise broken(f"tensor {name} is {dtype} {shape} but occupies {end - begin} bytes")
+        entries[name] = _Entry(path, dtype, tuple(shape), start + begin, start + end)
+    ordered = sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end))
+    for (name, one), (other, two) in zip(ordered, ordered[1:]):
+        if two.begin < one.end:
+            raise broken(f"tensors {name} and {other} overlap")
+    return entries
+
+
+class Checkpoint:
+    """A directory with config.json and safetensors. Bytes are mapped when a tensor is asked for, not before."""
+
+    def __init__(self, path: str | Path, *, scale_layout: str = "auto"):
+        self.path = Path(path)
+        self.scale_layout = scale_layout
+        if not self.path.is_dir():
+            raise Fp4rtError("checkpoint", f"{self.path}: no such directory")
+        if not (self.path / "config.json").is_file():
+            raise Fp4rtError("checkpoint", f"{self.path}: has no config.json; give the directory of a checkpoint")
+        self.config = read_json(self.path / "config.json")
+        self.quantization = self._read_quantization()
+        self._maps: dict[Path, mmap.mmap] = {}
+        self._entries = self._read_entries()
+        self._read: set[str] = set()
+
+    def _read_quantization(self) -> dict[str, Any]:
+        """What the exporter says it did, from either place; used to refuse and to explain, never to decide a format."""
+        inside = self.config.get("quantization_config")
+        if isinstance(inside, dict):
+            return inside
+        beside = self.path / "hf_quant_config.json"
+        if beside.is_file():
+            found = read_json(beside).get("quantization")
+            if isinstance(found, dict):
+                return found
+        return {}
+
+    def _read_entries(self) -> dict[str, _Entry]:
+        index = self.path / "model.safetensors.index.json"
+        if not index.is_file():
+            single = self.path / "model.safetensors"
+            if single.is_file():
+                return read_header(single)
+            if any(self.path.glob("*.bin")) or any(self.path.glob("*.pt*")):
+                raise Fp4rtError("checkpoint", f"{self.path}: holds pickled weights, which can run code when loaded and "
+                                               "are not read; use a checkpoint in safetensors")
+            raise Fp4rtError("checkpoint", f"{self.path}: has neither model.safetensors nor its index")
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise Fp4rtError("checkpoint", f"{index}: has no weight_map")
+        shards: dict[str, dict[str, _Entry]] = {}
+        entries = {}
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+                raise Fp4rtError("checkpoint", f"{index}: {name} lies in {file!r}, which is not a safetensors file here")
+            if file not in shards:
+                if not (self.path / file).is_file():
+                    raise Fp4rtError("checkpoint", f"{index}: names {file}, which is missing; download it")
+                shards[file] = read_header(self.path / file)
+            if name not in shards[file]:
+                raise Fp4rtError("checkpoint", f"{self.path / file}: has no tensor {name}, which {index.name} puts there")
+            entries[name] = shards[file][name]
+        return entries
+
+    def names(self) -> list[str]:
+        return list(self._entries)
+
+    def has(self, name: str) -> bool:
+        return name in self._entries
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape from the header, without reading it. Raises like `tensor`."""
+        return self._entry(name).shape
+
+    def _entry(self, name: str) -> _Entry:
+        if name not in self._entries:
+            close = [other for other in self._entries if other.rsplit(".", 2)[0] == name.rsplit(".", 2)[0]][:6]
+            beside = f"; beside it are {', '.join(close)}" if close else ""
+            raise Fp4rtError("checkpoint", f"{self.path}: tensor {name} is missing{beside}")
+        return self._entries[name]
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, mapped from its file (copied only where its bytes are not aligned for its dtype)."""
+        entry = self._entry(name)
+        self._read.add(name)
+        storage = STORAGE[entry.dtype]
+        if entry.end == entry.begin:
+            data = np.empty(entry.shape, storage)
+        else:
+            if entry.file not in self._maps:
+                with entry.file.open("rb") as stream:
+                    self._maps[entry.file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            raw = np.frombuffer(self._maps[entry.file], np.uint8, entry.end - entry.begin, entry.begin)
+            data = (raw if entry.begin % storage.itemsize == 0 else raw.copy()).view(storage).reshape(entry.shape)
+        return Tensor(name, entry.dtype, entry.shape, data, entry.file.name)
+
+    def skip(self, name: str) -> None:
+        """Note that a tensor is deliberately not used."""
+        self._read.add(name)
+
+    def unread(self) -> list[str]:
+        """The tensors that nothing asked for."""
+        return [name for name in self._entries if name not in self._read]
+
+    def at(self, prefix: str) -> Scope:
+        return Scope(self, prefix)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """A checkpoint seen from a module: names are relative to its prefix."""
+
+    checkpoint: Checkpoint
+    prefix: str
+
+    def name(self, suffix: str) -> str:
+        return f"{self.prefix}.{suffix}" if self.prefix and suffix else self.prefix or suffix
+
+    def at(self, suffix: str) -> Scope:
+        return Scope(self.checkpoint, self.name(suffix))
+
+    def has(self, suffix: str) -> bool:
+        return self.checkpoint.has(self.name(suffix))
+
+    def shape(self, suffix: str) -> tuple[int, ...]:
+        return self.checkpoint.shape(self.name(suffix))
+
+    def tensor(self, suffix: str) -> Tensor:
+        return self.checkpoint.tensor(self.name(suffix))

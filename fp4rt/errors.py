@@ -1,0 +1,13 @@
+"""The one exception that fp4rt raises on purpose: something a caller can read, act on and catch."""
+
+
+class Fp4rtError(Exception):
+    """A problem with what fp4rt was given, told in one line: what it is about, what was found, what to do.
+
+    `kind` is one of "checkpoint" (a file is wrong or unsupported), "device" (driver, GPU, toolchain),
+    "memory" (it does not fit) or "request" (a prompt, option or argument is wrong).
+    """
+
+    def __init__(self, kind: str, message: str):
+        super().__init__(message)
+        self.kind = kind

@@ -1,0 +1,147 @@
+"""From a checkpoint's tensors to a Weight: which tensors lie beside `weight` decides what it is."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fp4rt.checkpoint import Scope, Tensor
+from fp4rt.errors import Fp4rtError
+from fp4rt.formats.dense import Dense, to_float32
+from fp4rt.formats.fp8 import Fp8
+from fp4rt.formats.nvfp4 import BLOCK, Nvfp4, unswizzle
+from fp4rt.formats.weight import Weight
+
+FLOATS = ("BF16", "F16", "F32")
+
+# Activation scales of W4A4/W8A8 exports and K/V scales: real, but not used when activations stay 16 bit or wider.
+UNUSED = ("input_scale", "input_global_scale", "k_scale", "v_scale", "k_bias", "v_bias", "output_scale")
+
+
+def _refuse(tensor: Tensor | str, found: str, do: str = "the checkpoint is damaged or of an unknown layout") -> Fp4rtError:
+    return Fp4rtError("checkpoint", f"{tensor}: {found}; {do}")
+
+
+def read_vector(scope: Scope, suffix: str, size: int) -> np.ndarray:
+    """A float tensor of `size` elements as float32 [size]; refuses NaN and infinity."""
+    tensor = scope.tensor(suffix)
+    if tensor.dtype not in FLOATS:
+        raise _refuse(tensor, f"expected one of {', '.join(FLOATS)}")
+    if tensor.data.size != size:
+        raise _refuse(tensor, f"expected {size} values as the config and the weights around it say")
+    values = to_float32(tensor.data, tensor.dtype).reshape(size)
+    if not np.isfinite(values).all():
+        raise _refuse(tensor, "holds NaN or infinity", "the checkpoint is damaged; download or export it again")
+    return values
+
+
+def _scalar(scope: Scope, suffix: str) -> float:
+    value = float(read_vector(scope, suffix, 1)[0])
+    if value <= 0:
+        raise _refuse(scope.tensor(suffix), f"is {value}, a scale must be positive")
+    return value
+
+
+def _e4m3_scales(tensor: Tensor, data: np.ndarray) -> np.ndarray:
+    """Block scales checked for NaN codes (0x7f, 0xff) and for negative ones, which no exporter writes."""
+    if data.size and (data.max() >= 0x7F):
+        worst = "NaN" if ((data & 0x7F) == 0x7F).any() else "negative values"
+        raise _refuse(tensor, f"holds {worst}", "the checkpoint is damaged; download or export it again")
+    return data
+
+
+def _block_scales(scope: Scope, suffix: str, n: int, k: int) -> np.ndarray:
+    """E4M3 scales uint8 [N, K/16], un-swizzled where their shape (or --scale-layout) says they are swizzled."""
+    tensor = scope.tensor(suffix)
+    if tensor.dtype not in ("F8_E4M3", "U8"):
+        raise _refuse(tensor, "NVFP4 block scales are F8_E4M3")
+    columns = k // BLOCK
+    padded = (-(-n // 128) * 128, -(-columns // 4) * 4)
+    linear, swizzled = (n, columns), (tensor.shape == padded or tensor.data.size == padded[0] * padded[1])
+    asked = scope.checkpoint.scale_layout
+    if asked == "swizzled" and not swizzled:
+        raise _refuse(tensor, f"is not in the swizzled layout, which would be {list(padded)}", "use --scale-layout auto")
+    if asked == "swizzled" or (asked == "auto" and swizzled and tensor.shape != linear):
+        return _e4m3_scales(tensor, unswizzle(tensor.data.reshape(-1), n, columns))
+    if tensor.shape != linear:
+        if tensor.dtype == "U8" and tensor.shape == (n, k // 32):
+            raise _refuse(tensor, "is an E8M0 scale per 32 values (MXFP4), which fp4rt does not read yet",
+                          "use an NVFP4 export")
+        raise _refuse(tensor, f"a weight [{n}, {k}] needs block scales {list(linear)}")
+    return _e4m3_scales(tensor, tensor.data)
+
+
+def _fp8_scales(scope: Scope, n: int, k: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """Scales float32 [rows, columns] and the block (bn, bk) each of them covers."""
+    suffix = next((s for s in ("weight_scale", "weight_scale_inv") if scope.has(s)), None)
+    if suffix is None:
+        raise _refuse(scope.tensor("weight"), "FP8 codes without weight_scale or weight_scale_inv beside them")
+    tensor = scope.tensor(suffix)
+    if tensor.dtype == "U8":
+        raise _refuse(tensor, "E8M0 scales (MXFP8) are not supported", "use an FP8 or NVFP4 export")
+    shape = tuple(size for size in tensor.shape if size != 1) if len(tensor.shape) == 4 else tensor.shape
+    scales = read_vector(scope, suffix, tensor.data.size)
+    if not (scales > 0).all():
+        raise _refuse(tensor, f"holds {scales.min()}, a scale must be positive")
+    if scales.size == 1:
+        return scales.reshape(1, 1), (n, k)
+    if shape in ((n,), (n, 1)):
+        return scales.reshape(n, 1), (1, k)
+    if len(tensor.shape) in (2, 4):
+        rows, columns = (tensor.shape[0], tensor.shape[1]) if len(tensor.shape) == 2 else tensor.shape[::2]
+        block = _block_size(scope, tensor, n, k, rows, columns)
+        return scales.reshape(rows, columns), block
+    raise _refuse(tensor, f"does not fit an FP8 weight [{n}, {k}] per tensor, per channel or per block")
+
+
+def _block_size(scope: Scope, tensor: Tensor, n: int, k: int, rows: int, columns: int) -> tuple[int, int]:
+    """The edges of FP8 scale blocks: as the config says, else 128, and they must account for the scales' shape."""
+    stated = scope.checkpoint.quantization.get("weight_block_size")
+    for bn, bk in ([tuple(stated)] if isinstance(stated, list) and len(stated) == 2 else []) + [(128, 128)]:
+        if type(bn) is int and type(bk) is int and bn > 0 and bk > 0 and (-(-n // bn), -(-k // bk)) == (rows, columns):
+            return bn, bk
+    if n % rows == 0 and k % columns == 0:
+        return n // rows, k // columns
+    raise _refuse(tensor, f"does not fit an FP8 weight [{n}, {k}] in blocks of 128x128")
+
+
+def read_weight(scope: Scope, n: int, k: int, *, bias: bool = False) -> Weight:
+    """The linear at `scope`, [n, k] and with a bias or without as the config says.
+
+    Raises Fp4rtError("checkpoint") where the tensors disagree. Codes are not searched for NaN here: that would read
+    every byte twice, and a NaN weight cannot hide from the check on the logits.
+    """
+    for suffix in UNUSED:
+        if scope.has(suffix):
+            scope.checkpoint.skip(scope.name(suffix))
+    bias_values = read_vector(scope, "bias", n) if bias else None
+    pre_quant_scale = read_vector(scope, "pre_quant_scale", k) if scope.has("pre_quant_scale") else None
+    if scope.has("svdquant_lora_a"):
+        raise _refuse(scope.tensor("svdquant_lora_a"), "NVFP4_SVD keeps a low-rank part, which fp4rt does not run",
+                      "use a plain NVFP4 export")
+    packed = scope.has("weight_packed")
+    tensor = scope.tensor("weight_packed" if packed else "weight")
+    extra = {"bias": bias_values, "pre_quant_scale": pre_quant_scale}
+
+    if tensor.dtype == "U8":
+        if not scope.has("weight_scale"):
+            raise _refuse(tensor, "packed 4-bit codes without weight_scale beside them")
+        if tensor.shape != (n, k // 2) or k % BLOCK:
+            raise _refuse(tensor, f"the config makes this weight [{n}, {k}], which packs into [{n}, {k // 2}]",
+                          "config.json does not belong to these weights")
+        scales = _block_scales(scope, "weight_scale", n, k)
+        if scope.has("weight_scale_2"):
+            global_scale = _scalar(scope, "weight_scale_2")
+        elif scope.has("weight_global_scale"):
+            global_scale = float(np.float32(1) / np.float32(_scalar(scope, "weight_global_scale")))
+        else:
+            raise _refuse(tensor, "NVFP4 codes without weight_scale_2 or weight_global_scale beside them")
+        return Nvfp4(tensor.name, tensor.data, scales, global_scale, **extra)
+
+    if tensor.shape != (n, k):
+        raise _refuse(tensor, f"the config makes this weight [{n}, {k}]", "config.json does not belong to these weights")
+    if tensor.dtype == "F8_E4M3":
+        scales, block = _fp8_scales(scope, n, k)
+        return Fp8(tensor.name, tensor.data, scales, block, **extra)
+    if tensor.dtype in FLOATS:
+        return Dense(tensor.name, tensor.dtype, tensor.data, **extra)
+    raise _refuse(tensor, f"fp4rt reads weights in U8 (packed FP4), F8_E4M3, {', '.join(FLOATS)}")

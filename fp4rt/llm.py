@@ -1,0 +1,371 @@
+"""What an application holds: load a checkpoint, then generate, stream, chat, or look at logits."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence as SequenceOf
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fp4rt.batch import Batch
+from fp4rt.cache import Cache, bytes_per_page, pages_for
+from fp4rt.checkpoint import Checkpoint, read_json
+from fp4rt.engine import Engine, Sequence
+from fp4rt.errors import Fp4rtError
+from fp4rt.loading import Loader
+from fp4rt.models import load_model, read_config
+from fp4rt.ops import Ops
+from fp4rt.ops.select import make_ops
+from fp4rt.sampling import Sampling
+from fp4rt.source import resolve
+from fp4rt.text import StopStrings, Text
+
+DEFAULT_CONTEXT = 8192  # tokens of room unless more is asked for: enough for most, small on every card
+MAX_SEQUENCES = 64      # that run in one step
+
+Message = dict[str, Any]
+Prompt = str | SequenceOf[int]
+
+
+@dataclass(frozen=True)
+class Output:
+    """What came of one prompt.
+
+    ids: the generated token ids, the stop id included. text: without special tokens, and up to a stop string.
+    finish_reason: "stop" (a stop id or stop string) or "length" (max_tokens, or the context is full).
+    """
+
+    ids: list[int]
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+
+
+@dataclass
+class Timing:
+    """When things happened in the newest call, in seconds; for the command line's last line and for `fp4rt bench`."""
+
+    started: float = 0.0
+    first_token: float = 0.0
+    finished: float = 0.0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+
+    @property
+    def prefill_rate(self) -> float:
+        return self.prompt_tokens / max(self.first_token - self.started, 1e-9)
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens per second after the first of each sequence; 0 where there was only one."""
+        later = self.generated_tokens - 1
+        return later / max(self.finished - self.first_token, 1e-9) if later > 0 else 0.0
+
+
+def parse_size(size: int | str | None) -> int | None:
+    """Bytes from a number or from text such as "14.5GiB", "800 MB" or "2g" (binary without the i too: 1 GB = 10^9)."""
+    if size is None or isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        return size
+    if isinstance(size, str):
+        text = size.strip().lower().removesuffix("b")
+        power = 1024 if text.endswith("i") else 1000
+        text = text.removesuffix("i")
+        exponent = "kmgt".find(text[-1:]) + 1 if text[-1:].isalpha() else 0
+        try:
+            value = float(text[:-1] if exponent else text) * power**exponent
+            if 1 <= value < 1e15:
+                return int(value)
+        except ValueError:
+            pass
+    raise Fp4rtError("request", f"gpu_memory is {size!r}; write a size such as 14.5GiB")
+
+
+def load(model: str | Path, *, device: str = "auto", arch: str | None = None, max_model_len: int | None = None,
+         gpu_memory: int | str | None = None, deterministic: bool = False, scale_layout: str = "auto",
+         revision: str | None = None,
+         progress: Callable[[Iterable[int]], Iterable[int]] = lambda items: items) -> LLM:
+    """Load a checkpoint: a directory, a Hugging Face repository id, or "demo".
+
+    device: "auto" (CUDA where an NVIDIA driver answers, else CPU), "cuda", "cpu" or "reference".
+    arch: "sm_75", "sm_80", "sm_86", "sm_89": run that generation's code path and limits on a newer GPU.
+    max_model_len: tokens of context to make room for; by default min(the model's, 8192, what free memory allows).
+    gpu_memory: bytes (or "14.5GiB") that weights, cache and workspace may take together.
+    deterministic: bit-equal tokens under any batching, at a cost. scale_layout: "auto", "linear" or "swizzled".
+    progress: wraps the iteration over layers. Raises Fp4rtError.
+    """
+    started = time.perf_counter()
+    if scale_layout not in ("auto", "linear", "swizzled"):
+        raise Fp4rtError("request", f"scale_layout is {scale_layout!r}; it must be auto, linear or swizzled")
+    budget = parse_size(gpu_memory)
+    checkpoint = Checkpoint(resolve(str(model), revision=revision), scale_layout=scale_layout)
+    _, sizes = read_config(checkpoint)
+    longest = sizes.max_position_embeddings
+    if max_model_len is not None and not (isinstance(max_model_len, int) and 1 <= max_model_len <= longest):
+        raise Fp4rtError("request", f"max_model_len is {max_model_len!r}; this model takes 1 to {longest} tokens")
+    room = max_model_len or min(longest, DEFAULT_CONTEXT)
+    ops = make_ops(device, arch, budget, deterministic)
+    try:
+        loader = Loader(ops)
+        decoder = load_model(checkpoint, loader, room, progress)
+        engine, workspace = _make_engine(ops, decoder, room, must=max_model_len is not None)
+        return LLM(checkpoint, ops, loader, engine, room, workspace, time.perf_counter() - started)
+    except BaseException:
+        ops.close()
+        raise
+
+
+def _make_engine(ops: Ops, decoder: Any, room: int, must: bool) -> tuple[Engine, int]:
+    """The cache and workspace that fit beside the weights: room for `room` tokens, or fewer unless they `must`."""
+    scratch = Cache(ops, decoder.memory, pages_for(1))
+    tokens = min(ops.step_tokens, room)
+    rows = min(MAX_SEQUENCES, tokens)
+    widest = Batch(*(np.zeros(n, np.int32) for n in (tokens, tokens)), np.arange(2, dtype=np.int32) * tokens,
+                   np.full(1, tokens, np.int32), np.zeros((1, pages_for(room)), np.int32), np.arange(rows, dtype=np.int32))
+    workspace = ops.reserve(lambda: decoder(ops.batch(widest), scratch.layers))
+    del scratch
+    page_bytes, wanted, free = bytes_per_page(ops, decoder.memory), pages_for(room), ops.free_memory()
+    fits = wanted if free is None else min(wanted, free // page_bytes - 1)
+    if fits < (wanted if must else 1):
+        raise Fp4rtError("memory", f"K/V for {wanted * 64} tokens takes {wanted * page_bytes / 1e6:.0f} MB and "
+                         f"{(free or 0) / 1e6:.0f} MB are free beside weights and workspace; "
+                         "ask for fewer with max_model_len")
+    return Engine(ops, decoder, Cache(ops, decoder.memory, fits), MAX_SEQUENCES), workspace
+
+
+class LLM:
+    """A loaded model. A context manager; `close()` gives all memory back. Calls from several threads take turns."""
+
+    def __init__(self, checkpoint: Checkpoint, ops: Ops, loader: Loader, engine: Engine, room: int, workspace: int,
+                 load_seconds: float):
+        self.checkpoint, self.ops, self.engine = checkpoint, ops, engine
+        self.max_model_len = min(room, engine.cache.tokens)
+        self.load_seconds, self.workspace_bytes = load_seconds, workspace
+        self.weight_bytes = sum(one.linear.nbytes for one in loader.linears) + loader.other_bytes
+        self.timing = Timing()
+        path = checkpoint.path / "generation_config.json"
+        self.generation_config = read_json(path) if path.is_file() else {}
+        self._text: Text | None = None
+        self._lock, self._owner = threading.Lock(), None
+        self._sessions: list[Session] = []
+        cache = engine.cache
+        self.report = [
+            f"{checkpoint.path.name}: {checkpoint.config['model_type']} on {ops.device}", *loader.report(),
+            f"weights {self.weight_bytes / 1e6:.1f} MB, K/V {cache.nbytes / 1e6:.1f} MB for {cache.tokens} tokens "
+            f"(context up to {self.max_model_len}), workspace {workspace / 1e6:.1f} MB"]
+
+    # -- Text ---------------------------------------------------------------------------------------------------
+
+    @property
+    def text(self) -> Text:
+        """Tokenizer, chat template and stop ids. Raises Fp4rtError where the checkpoint has no tokenizer."""
+        if self._text is None:
+            self._text = Text(self.checkpoint.path, self.checkpoint.config)
+        return self._text
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The ids of a prompt, checked: text goes through the tokenizer, ids must be within the vocabulary."""
+        if isinstance(prompt, str):
+            return self.text.encode(prompt)
+        vocab = self.engine.model.config.vocab_size
+        ids = [int(i) if isinstance(i, (int, np.integer)) and not isinstance(i, bool) else -1 for i in prompt]
+        for given, i in zip(prompt, ids):
+            if not 0 <= i < vocab:
+                raise Fp4rtError("request", f"prompt holds {given!r}; token ids are whole numbers from 0 to {vocab - 1}")
+        return ids
+
+    # -- Generating ---------------------------------------------------------------------------------------------
+
+    def generate(self, prompt: Prompt | SequenceOf[Prompt], sampling: Sampling | None = None) -> list[Output]:
+        """Continue a prompt (text or ids) or several together; one Output for each, in their order."""
+        prompts = [prompt] if isinstance(prompt, str) or _is_ids(prompt) else list(prompt)
+        if not prompts:
+            raise Fp4rtError("request", "no prompt was given")
+        return self._collect([self._sequence(self.encode(one), sampling, i) for i, one in enumerate(prompts)])
+
+    def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> Iterator[str]:
+        """Continue one prompt, yielding text as whole characters become known."""
+        yield from self._stream(self._sequence(self.encode(prompt), sampling))
+
+    def chat(self, messages: SequenceOf[Message], sampling: Sampling | None = None, **template_arguments: Any) -> Output:
+        """The assistant's reply to messages, through the checkpoint's own chat template."""
+        ids = self.text.encode_chat(messages, **template_arguments)
+        return self._collect([self._sequence(ids, sampling)])[0]
+
+    def session(self, sampling: Sampling | None = None) -> Session:
+        """A conversation whose keys and values are kept between turns."""
+        return Session(self, sampling)
+
+    def logits(self, ids: SequenceOf[int]) -> np.ndarray:
+        """float32 [len(ids), vocab_size]: the next-token logits at every position."""
+        ids = self.encode(ids)
+        self._check_length(ids)
+        with self._turn():
+            self._make_room(len(ids))
+            return self.engine.logits(ids)
+
+    def _sequence(self, ids: list[int], sampling: Sampling | None, index: int = 0) -> Sequence:
+        """A checked, resolved sequence. Several prompts of one call draw from different random streams."""
+        self._check_length(ids, need=1)
+        if sampling is not None and not isinstance(sampling, Sampling):
+            raise Fp4rtError("request", f"sampling is a {type(sampling).__name__}; give an fp4rt.Sampling")
+        resolved = (sampling or Sampling()).resolve(self.generation_config)
+        limit = self.max_model_len
+        if resolved.max_tokens is not None:
+            limit = min(limit, len(ids) + resolved.max_tokens)
+        stop_ids = frozenset(self._stop_ids()) if not resolved.ignore_eos else frozenset()
+        return Sequence(ids, resolved, (resolved.seed + index) % 2**64, stop_ids, limit)
+
+    def _stop_ids(self) -> Iterable[int]:
+        if (self.checkpoint.path / "tokenizer.json").is_file():
+            return self.text.stop_ids
+        stated = [source.get("eos_token_id") for source in (self.generation_config, self.checkpoint.config)]
+        return [i for one in stated for i in (one if isinstance(one, list) else [one]) if isinstance(i, int)]
+
+    def _check_length(self, ids: list[int], need: int = 0) -> None:
+        if not ids:
+            raise Fp4rtError("request", "the prompt has no tokens")
+        if len(ids) + need > self.max_model_len:
+            raise Fp4rtError("request", f"the prompt has {len(ids)} tokens; the context holds {self.max_model_len}"
+                             f"{', with room for an answer' if need else ''}: shorten it or raise max_model_len "
+                             f"(the model takes {self.engine.model.config.max_position_embeddings})")
+
+    def _collect(self, sequences: list[Sequence]) -> list[Output]:
+        texts = {id(sequence): self._decoder(sequence) for sequence in sequences}
+        pieces: dict[int, list[str]] = {id(sequence): [] for sequence in sequences}
+        for sequence, token in self._run(sequences):
+            pieces[id(sequence)].append(texts[id(sequence)].push(sequence, token))
+        return [Output(s.generated, "".join(pieces[id(s)]) + texts[id(s)].finish(), s.finish_reason, s.prompt_length)
+                for s in sequences]
+
+    def _stream(self, sequence: Sequence) -> Iterator[str]:
+        decoder = self._decoder(sequence)
+        for _, token in self._run([sequence]):
+            if piece := decoder.push(sequence, token):
+                yield piece
+        if rest := decoder.finish():
+            yield rest
+
+    def _decoder(self, sequence: Sequence) -> _TextOut:
+        has_text = (self.checkpoint.path / "tokenizer.json").is_file()
+        if sequence.sampling.stop and not has_text:
+            self.text  # raises: stop strings need a tokenizer
+        return _TextOut(self.text if has_text else None, sequence.sampling.stop)
+
+    def _run(self, sequences: list[Sequence]) -> Iterator[tuple[Sequence, int]]:
+        """The engine's events for these sequences, timed, one caller at a time."""
+        with self._turn():
+            self._make_room(max(sequence.limit for sequence in sequences), keep=sequences)
+            timing = self.timing = Timing(time.perf_counter())
+            timing.prompt_tokens = sum(len(s.ids) - s.remembered for s in sequences)
+            for sequence, token in self.engine.run(sequences):
+                timing.finished = time.perf_counter()
+                timing.first_token = timing.first_token or timing.finished
+                timing.generated_tokens += 1
+                yield sequence, token
+
+    def _make_room(self, tokens: int, keep: list[Sequence] | None = None) -> None:
+        """Let conversations that are not running forget their keys and values where a call needs the room."""
+        held = pages_for(tokens) - sum(len(s.pages) for s in keep or [])
+        if held > self.engine.cache.free_pages:
+            for session in self._sessions:
+                if not any(session.pages is s.pages for s in keep or []):
+                    session.forget()
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """One call at a time; a second one from the same thread would wait for itself, so it is refused."""
+        if self.engine is None:
+            raise Fp4rtError("request", "this LLM is closed")
+        if self._owner == threading.get_ident():
+            raise Fp4rtError("request", "a stream of this LLM is still open in this thread; finish or close it first")
+        with self._lock:
+            self._owner = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._owner = None
+
+    def close(self) -> None:
+        """Give all memory back. The LLM cannot be used afterwards; closing twice is fine."""
+        if self.engine is not None:
+            self.engine = None
+            self._sessions.clear()
+            self.ops.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _is_ids(prompt: Any) -> bool:
+    return len(prompt) > 0 and all(isinstance(i, (int, np.integer)) for i in prompt) if hasattr(prompt, "__len__") else False
+
+
+class _TextOut:
+    """Text of one sequence as its tokens come, ending it at a stop string."""
+
+    def __init__(self, text: Text | None, stop: tuple[str, ...]):
+        self.stream = text.stream() if text else None
+        self.stops = StopStrings(stop)
+
+    def push(self, sequence: Sequence, token: int) -> str:
+        if self.stream is None or token in sequence.stop_ids:
+            return ""
+        piece = self.stops.push(self.stream.push(token))
+        if self.stops.found:
+            sequence.finish_reason = "stop"
+        return piece
+
+    def finish(self) -> str:
+        if self.stream is None or self.stops.found:
+            return ""
+        return self.stops.push(self.stream.finish()) + self.stops.finish()
+
+
+@dataclass
+class Session:
+    """One conversation: messages so far, and the keys and values of the ids they became."""
+
+    llm: LLM
+    sampling: Sampling | None = None
+    messages: list[Message] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
+    reused_tokens: int = 0  # of the newest prompt, how many were remembered
+
+    def __post_init__(self) -> None:
+        self.llm._sessions.append(self)
+
+    def send(self, content: str, **template_arguments: Any) -> Iterator[str]:
+        """Add a user's turn and stream the reply, which becomes part of `messages` (what came of it, if stopped)."""
+        turn = [*self.messages, {"role": "user", "content": content}]
+        ids = self.llm.text.encode_chat(turn, **template_arguments)
+        sequence = self.llm._sequence(ids, self.sampling)
+        common = next((i for i, (a, b) in enumerate(zip(self.ids, ids)) if a != b), min(len(self.ids), len(ids)))
+        sequence.remembered = self.reused_tokens = min(common, len(ids) - 1)
+        sequence.keep_pages, sequence.pages = True, self.pages
+        pieces: list[str] = []
+        try:
+            for piece in self.llm._stream(sequence):
+                pieces.append(piece)
+                yield piece
+        finally:
+            self.ids = sequence.ids[:sequence.remembered]
+            self.messages = [*turn, {"role": "assistant", "content": "".join(pieces)}]
+
+    def forget(self) -> None:
+        """Free the keys and values; the messages stay and are computed again when needed."""
+        self.llm.engine.cache.give_back(self.pages)
+        self.ids = []
+
+    def clear(self) -> None:
+        """Start the conversation anew (a system message stays)."""
+        self.forget()
+        self.messages = [message for message in self.messages if message.get("role") == "system"]

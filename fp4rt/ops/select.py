@@ -1,0 +1,47 @@
+"""Which backend runs: what the caller asked for, or CUDA where an NVIDIA driver answers, else the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+
+from fp4rt.errors import Fp4rtError
+from fp4rt.ops import Ops
+
+DEVICES = ("auto", "cuda", "cpu", "reference")
+ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a")
+
+
+def driver_answers() -> bool:
+    """Whether an NVIDIA driver is installed and sees a GPU; asks the driver itself, without CuPy."""
+    for name in ("libcuda.so.1", "nvcuda.dll"):
+        try:
+            driver = ctypes.CDLL(name)
+        except OSError:
+            continue
+        count = ctypes.c_int(0)
+        return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+    return False
+
+
+def make_ops(device: str, arch: str | None, gpu_memory: int | None, deterministic: bool) -> Ops:
+    """The backend for `device`. Raises Fp4rtError("device") where it cannot run; never falls back silently."""
+    if device not in DEVICES:
+        raise Fp4rtError("request", f"device is {device!r}; it must be one of {', '.join(DEVICES)}")
+    if arch is not None and arch not in ARCHITECTURES:
+        raise Fp4rtError("request", f"arch is {arch!r}; it must be one of {', '.join(ARCHITECTURES)}")
+    if device == "auto":
+        device = "cuda" if driver_answers() else "cpu"
+    if device != "cuda" and (arch is not None or gpu_memory is not None):
+        option = "arch" if arch is not None else "gpu_memory"
+        raise Fp4rtError("request", f"{option} concerns a GPU, and device is {device}")
+    if device == "reference":
+        from fp4rt.ops.reference import ReferenceOps
+
+        return ReferenceOps(deterministic=deterministic)
+    if device == "cpu":
+        from fp4rt.ops.cpu import CpuOps
+
+        return CpuOps(deterministic=deterministic)
+    from fp4rt.ops.cuda import CudaOps
+
+    return CudaOps(arch=arch, gpu_memory=gpu_memory, deterministic=deterministic)

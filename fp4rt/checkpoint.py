@@ -185,6 +185,10 @@ class Checkpoint:
         """A tensor's shape from the header, without reading it. Raises like `tensor`."""
         return self._entry(name).shape
 
+    def dtype(self, name: str) -> str:
+        """A tensor's dtype in the header's spelling. Raises like `tensor`."""
+        return self._entry(name).dtype
+
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:
             close = [other for other in self._entries if other.rsplit(".", 2)[0] == name.rsplit(".", 2)[0]][:6]

@@ -52,19 +52,21 @@ class Timing:
 
     started: float = 0.0
     first_token: float = 0.0
+    prefilled: float = 0.0  # when the last sequence drew its first token
     finished: float = 0.0
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    decoded_tokens: int = 0  # of those, after `prefilled`
 
     @property
     def prefill_rate(self) -> float:
-        return self.prompt_tokens / max(self.first_token - self.started, 1e-9)
+        """Prompt tokens per second, until every sequence has its first token."""
+        return self.prompt_tokens / max(self.prefilled - self.started, 1e-9)
 
     @property
     def decode_rate(self) -> float:
-        """Tokens per second after the first of each sequence; 0 where there was only one."""
-        later = self.generated_tokens - 1
-        return later / max(self.finished - self.first_token, 1e-9) if later > 0 else 0.0
+        """Tokens per second of all sequences together, once every one has its first; 0 where none came later."""
+        return self.decoded_tokens / max(self.finished - self.prefilled, 1e-9) if self.decoded_tokens else 0.0
 
 
 def parse_size(size: int | str | None) -> int | None:
@@ -105,8 +107,7 @@ def load(model: str | Path, *, device: str = "auto", arch: str | None = None, ma
     checkpoint = Checkpoint(resolve(str(model), revision=revision), scale_layout=scale_layout)
     _, sizes = read_config(checkpoint)
     longest = sizes.max_position_embeddings
-    if max_model_len is not None and not (isinstance(max_model_len, int) and 1 <= max_model_len <= longest):
-        raise Fp4rtError("request", f"max_model_len is {max_model_len!r}; this model takes 1 to {longest} tokens")
+    check_context(max_model_len, longest)
     room = max_model_len or min(longest, DEFAULT_CONTEXT)
     ops = make_ops(device, arch, budget, deterministic)
     try:
@@ -119,15 +120,25 @@ def load(model: str | Path, *, device: str = "auto", arch: str | None = None, ma
         raise
 
 
-def _make_engine(ops: Ops, decoder: Any, room: int, must: bool) -> tuple[Engine, int]:
-    """The cache and workspace that fit beside the weights: room for `room` tokens, or fewer unless they `must`."""
+def check_context(max_model_len: int | None, longest: int) -> None:
+    """Raises Fp4rtError("request") for a context that a model of `longest` tokens cannot have."""
+    if max_model_len is not None and not (isinstance(max_model_len, int) and 1 <= max_model_len <= longest):
+        raise Fp4rtError("request", f"max_model_len is {max_model_len!r}; this model takes 1 to {longest} tokens")
+
+
+def reserve_workspace(ops: Ops, decoder: Any, room: int) -> int:
+    """Make a backend ready for the widest step that contexts of `room` tokens can need: bytes."""
     scratch = Cache(ops, decoder.memory, pages_for(1))
     tokens = min(ops.step_tokens, room)
     rows = min(MAX_SEQUENCES, tokens)
     widest = Batch(*(np.zeros(n, np.int32) for n in (tokens, tokens)), np.arange(2, dtype=np.int32) * tokens,
                    np.full(1, tokens, np.int32), np.zeros((1, pages_for(room)), np.int32), np.arange(rows, dtype=np.int32))
-    workspace = ops.reserve(lambda: decoder(ops.batch(widest), scratch.layers))
-    del scratch
+    return ops.reserve(lambda: decoder(ops.batch(widest), scratch.layers))
+
+
+def _make_engine(ops: Ops, decoder: Any, room: int, must: bool) -> tuple[Engine, int]:
+    """The cache and workspace that fit beside the weights: room for `room` tokens, or fewer unless they `must`."""
+    workspace = reserve_workspace(ops, decoder, room)
     page_bytes, wanted, free = bytes_per_page(ops, decoder.memory), pages_for(room), ops.free_memory()
     fits = wanted if free is None else min(wanted, free // page_bytes - 1)
     if fits < (wanted if must else 1):
@@ -145,7 +156,8 @@ class LLM:
         self.checkpoint, self.ops, self.engine = checkpoint, ops, engine
         self.max_model_len = min(room, engine.cache.tokens)
         self.load_seconds, self.workspace_bytes = load_seconds, workspace
-        self.weight_bytes = sum(one.linear.nbytes for one in loader.linears) + loader.other_bytes
+        self.step_bytes = loader.step_bytes
+        self.weight_bytes = loader.step_bytes + loader.embedding_bytes
         self.timing = Timing()
         path = checkpoint.path / "generation_config.json"
         self.generation_config = read_json(path) if path.is_file() else {}
@@ -266,6 +278,9 @@ class LLM:
                 timing.finished = time.perf_counter()
                 timing.first_token = timing.first_token or timing.finished
                 timing.generated_tokens += 1
+                timing.decoded_tokens += 1
+                if len(sequence.ids) == sequence.prompt_length + 1:
+                    timing.prefilled, timing.decoded_tokens = timing.finished, 0
                 yield sequence, token
 
     def _make_room(self, tokens: int, keep: list[Sequence] | None = None) -> None:

@@ -28,7 +28,8 @@ class Loader:
 
     ops: Ops
     linears: list[Loaded] = field(default_factory=list)
-    other_bytes: int = 0  # norms and an embedding of its own, as stored
+    norm_bytes: int = 0
+    embedding_bytes: int = 0  # of a token table that is not the head as well
 
     def linear(self, scope: Scope, parts: dict[str, int], in_features: int, *, bias: bool = False,
                gated: bool = False) -> Linear:
@@ -44,7 +45,7 @@ class Loader:
         return linear
 
     def norm(self, scope: Scope, name: str, size: int, eps: float) -> Any:
-        self.other_bytes += 4 * size
+        self.norm_bytes += 4 * size
         return self.ops.norm_weight(read_vector(scope, f"{name}.weight", size), eps)
 
     def embedding_and_head(self, embedding: Scope, head: Scope | None, vocab: int, hidden: int) -> tuple[Any, Linear]:
@@ -56,8 +57,13 @@ class Loader:
         if head is None:
             linear = self.stack([table])
             return self.ops.embedding_weight(table, tied_to=linear), linear
-        self.other_bytes += table.nbytes
+        self.embedding_bytes += table.nbytes
         return self.ops.embedding_weight(table), self.stack([read_weight(head, vocab, hidden)])
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of weights that every decode step reads; of the token table it reads single rows."""
+        return sum(one.linear.nbytes for one in self.linears) + self.norm_bytes
 
     def report(self) -> list[str]:
         """One line per kind of weight: how many, how many bytes, which kernel runs it, and why that one."""

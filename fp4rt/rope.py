@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from fp4rt.config import Config
+from fp4rt.errors import shown
 
 DEFAULT_THETA = 10000.0
 
@@ -17,15 +18,16 @@ def inverse_frequencies(config: Config, head_dim: int) -> tuple[np.ndarray, floa
     Reads the config in either spelling: rope_theta with rope_scaling, or rope_parameters (transformers 5).
     """
     scaling = config.section("rope_parameters") or config.section("rope_scaling")
-    theta = (scaling.number("rope_theta", None) if scaling else None) or config.number("rope_theta", DEFAULT_THETA)
-    if theta <= 1:
-        raise config.refuse("rope_theta", f"is {theta}", "expected a number above 1")
+    theta = scaling.number("rope_theta", None, least=1.0001) if scaling else None
+    if theta is None:
+        theta = config.number("rope_theta", DEFAULT_THETA, least=1.0001)
     if head_dim % 2:
         raise config.refuse("head_dim", f"is {head_dim}", "rotary embeddings need an even size")
     base = (theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)).astype(np.float32)
     kind = (scaling.get("rope_type", None) or scaling.get("type", "default")) if scaling else "default"
-    if scaling and scaling.number("partial_rotary_factor", 1.0) != 1.0:
-        raise scaling.refuse("partial_rotary_factor", "is not 1", "partial rotation is not supported for this model")
+    for section in (config, scaling):
+        if section and section.number("partial_rotary_factor", 1.0) != 1.0:
+            raise section.refuse("partial_rotary_factor", "is not 1", "partial rotation is not supported for this model")
     if kind == "default":
         return base, 1.0
     if kind == "linear":
@@ -34,7 +36,7 @@ def inverse_frequencies(config: Config, head_dim: int) -> tuple[np.ndarray, floa
         return _llama3(scaling, config, base), 1.0
     if kind == "yarn":
         return _yarn(scaling, config, base, theta, head_dim)
-    raise scaling.refuse("rope_type", f"is {kind!r}", "fp4rt knows default, linear, llama3 and yarn")
+    raise scaling.refuse("rope_type", f"is {shown(kind)}", "fp4rt knows default, linear, llama3 and yarn")
 
 
 def _original_length(scaling: Config, config: Config) -> float:
@@ -60,7 +62,7 @@ def _yarn(scaling: Config, config: Config, base: np.ndarray, theta: float, dim: 
     def dimension(turns: float) -> float:
         return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-    low, high = dimension(scaling.number("beta_fast", 32.0)), dimension(scaling.number("beta_slow", 1.0))
+    low, high = dimension(scaling.number("beta_fast", 32.0, least=1e-6)), dimension(scaling.number("beta_slow", 1.0, least=1e-6))
     if scaling.flag("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)

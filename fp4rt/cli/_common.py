@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from fp4rt.llm import LLM
     from fp4rt.sampling import Sampling
 
-MODEL_OPTIONS = [
+LOAD_OPTIONS = [
     click.option("--device", type=click.Choice(["auto", "cuda", "cpu", "reference"]), default="auto", show_default=True,
                  help="auto: CUDA where an NVIDIA driver answers, else the CPU."),
     click.option("--arch", metavar="sm_XX", help="Run this generation's code path and limits on a newer GPU: sm_75, "
@@ -23,8 +23,8 @@ MODEL_OPTIONS = [
     click.option("--scale-layout", type=click.Choice(["auto", "linear", "swizzled"]), default="auto", show_default=True,
                  help="How NVFP4 block scales lie in the file; needed only where their shape leaves it open."),
     click.option("--revision", metavar="REV", help="Branch, tag or commit of a repository."),
-    click.option("--quiet", "-q", is_flag=True, help="Nothing but the text, and errors."),
 ]
+MODEL_OPTIONS = [*LOAD_OPTIONS, click.option("--quiet", "-q", is_flag=True, help="Nothing but the text, and errors.")]
 SAMPLING_OPTIONS = [
     click.option("--max-tokens", type=int, metavar="N", help="Stop after this many tokens.  [default: what fits]"),
     click.option("--temperature", type=float, metavar="X", help="0 always takes the likeliest token."),

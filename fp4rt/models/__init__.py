@@ -7,7 +7,7 @@ from importlib import import_module
 
 from fp4rt.checkpoint import Checkpoint
 from fp4rt.config import Config
-from fp4rt.errors import Fp4rtError
+from fp4rt.errors import Fp4rtError, shown
 from fp4rt.layers import Decoder, DecoderConfig
 from fp4rt.loading import Loader
 
@@ -26,7 +26,7 @@ def read_config(checkpoint: Checkpoint) -> tuple[Config, DecoderConfig]:
     model_type = config.get("model_type")
     if model_type not in MODEL_TYPES:
         remote = " and needs code from the repository, which fp4rt does not run" if config.get("auto_map", None) else ""
-        raise config.refuse("model_type", f"is {model_type!r}{remote}", f"fp4rt runs {', '.join(MODEL_TYPES)}")
+        raise config.refuse("model_type", f"is {shown(model_type)}{remote}", f"fp4rt runs {', '.join(MODEL_TYPES)}")
     quantization = checkpoint.quantization
     algorithm = str(quantization.get("quant_algo") or "").upper()
     if algorithm in REFUSED_ALGORITHMS:
@@ -44,11 +44,12 @@ def load_model(checkpoint: Checkpoint, load: Loader, max_positions: int,
     config, sizes = read_config(checkpoint)
     model = Decoder(checkpoint.at(""), config, sizes, load, max_positions, progress)
     for name in checkpoint.unread():
-        # Old exports store the rotary table; K/V scales belong to an FP8 cache; a tied head is the embedding.
-        if name.endswith(("rotary_emb.inv_freq", "kv_scale", "k_scale", "v_scale")):
-            checkpoint.skip(name)
+        if name.endswith("rotary_emb.inv_freq"):
+            checkpoint.skip(name, "an old export's rotary table, which follows from the config")
+        elif name.endswith(("kv_scale", "k_scale", "v_scale")):
+            checkpoint.skip(name, "keys and values are not quantized here")
         elif sizes.tie_word_embeddings and name.startswith("lm_head."):
-            checkpoint.skip(name)
+            checkpoint.skip(name, "the head is tied to the embedding")
     if left := checkpoint.unread():
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         raise Fp4rtError("checkpoint", f"{checkpoint.path}: tensor {left[0]}{more} has no place in a "

@@ -172,14 +172,15 @@ class Checkpoint:
         for name, file in weight_map.items():
             if not (isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors")
                     and len(file) <= MAX_NAME and file.isprintable()):
-                raise Fp4rtError("checkpoint", f"{index}: puts {shown(name)} into {shown(file)}, which is not a safetensors "
-                                               "file in this directory")
+                raise Fp4rtError("checkpoint", f"{index}: puts {shown(name)} into {shown(file)}, which is not a "
+                                               "safetensors file in this directory")
             if file not in shards:
                 if not (self.path / file).is_file():
                     raise Fp4rtError("checkpoint", f"{index}: names {file}, which is missing; download it")
                 shards[file] = read_header(self.path / file)
             if name not in shards[file]:
-                raise Fp4rtError("checkpoint", f"{self.path / file}: has no tensor {shown(name)}, which {index.name} puts there")
+                raise Fp4rtError("checkpoint", f"{self.path / file}: has no tensor {shown(name)}, which {index.name} "
+                                               "puts there")
             entries[name] = shards[file][name]
         return entries
 

@@ -64,7 +64,7 @@ class Inspection:
 
 def inspect(path: str | Path, *, device: str = "auto", arch: str | None = None, gpu_memory: int | str | None = None,
             max_model_len: int | None = None, deterministic: bool = False, scale_layout: str = "auto") -> Inspection:
-    """Plan what `load` would do with the same arguments for a checkpoint directory. Raises Fp4rtError where it would."""
+    """Plan what `load` would do with these arguments for a checkpoint directory. Raises Fp4rtError where it would."""
     checkpoint = Headers(path, scale_layout=scale_layout)
     config, sizes = read_config(checkpoint)
     longest = sizes.max_position_embeddings
@@ -97,7 +97,7 @@ def inspect(path: str | Path, *, device: str = "auto", arch: str | None = None, 
     context = room if largest is None else min(room, largest)
     if largest is not None and (largest < 1 or max_model_len is not None and largest < room):
         raise Fp4rtError("memory", f"{checkpoint.path}: weights take {weight_bytes / 1e6:.0f} MB, workspace "
-                         f"{workspace / 1e6:.0f} MB and K/V for {room} tokens {(pages_for(room) + 1) * page / 1e6:.0f} MB; "
+                         f"{workspace / 1e6:.0f} MB, K/V for {room} tokens {(pages_for(room) + 1) * page / 1e6:.0f} MB; "
                          f"{free / 1e6:.0f} MB are free on {ops.device}: use a smaller max_model_len, or more memory")
     return Inspection(
         path=str(checkpoint.path), model_type=config.get("model_type"),
@@ -108,5 +108,6 @@ def inspect(path: str | Path, *, device: str = "auto", arch: str | None = None, 
         table_bytes=ops.table_bytes, unread=tuple(
             (name, count, reason) for (name, reason), count in Counter(
                 (name.rsplit(".", 1)[-1], reason) for name, reason in checkpoint.skipped.items()).items()),
-        device=ops.device, read_per_token=loader.step_bytes, kv_per_token=page // PAGE_TOKENS, weight_bytes=weight_bytes,
-        workspace=workspace, kv_bytes=(pages_for(context) + 1) * page, free=free, context=context, largest_context=largest)
+        device=ops.device, read_per_token=loader.step_bytes, kv_per_token=page // PAGE_TOKENS,
+        weight_bytes=weight_bytes, workspace=workspace, kv_bytes=(pages_for(context) + 1) * page, free=free,
+        context=context, largest_context=largest)

@@ -65,8 +65,8 @@ class Distributions:
                                                        for name, shape in expected.items()):
             raise Fp4rtError("request", f"{path}: not a file that this version's --save-logits wrote; write it again")
         if found.top.min() < 0 or found.top.max() >= vocab_size:
-            raise Fp4rtError("request", f"{path}: holds token ids beyond this model's vocabulary of {vocab_size}; it is of "
-                                        "another model")
+            raise Fp4rtError("request", f"{path}: holds token ids beyond this model's vocabulary of {vocab_size}; it is "
+                                        "of another model")
         return found
 
 
@@ -112,7 +112,7 @@ class Result:
 
 
 def windows(tokens: int, window: int, stride: int) -> list[tuple[int, int, int]]:
-    """(begin, end, first): read ids[begin:end] and take the predictions of ids[first:end]. Every id but the first, once."""
+    """(begin, end, first): read ids[begin:end], predict ids[first:end]; in all, every id but the first once."""
     found = [(0, min(window, tokens), 1)]
     while found[-1][1] < tokens:
         begin, end = found[-1][0] + stride, found[-1][1]
@@ -138,7 +138,7 @@ def _likeliest(log_p: np.ndarray, count: int) -> np.ndarray:
 
 
 def _divergence(log_p: np.ndarray, top: np.ndarray, reference: np.ndarray, rest: np.ndarray) -> np.ndarray:
-    """KL(reference || this) [n]: log_p float64 [n, V] of this run; the reference's top ids, their logs, and the rest."""
+    """KL(reference || this) [n]: log_p float64 [n, V] of this run; the reference's top ids, their logs, the rest."""
     here = np.take_along_axis(log_p, top, 1)
     reference, rest = reference.astype(np.float64), rest.astype(np.float64)
     others = np.maximum(1 - np.exp(here).sum(axis=1), 0)
@@ -170,7 +170,8 @@ def measure(llm: LLM, ids: Sequence[int], *, window: int | None = None, stride: 
                          f"here it is {window}, {stride}, {len(ids)}")
     ids = np.asarray(ids, np.int32)
     kept = min(KEPT, llm.engine.model.config.vocab_size)
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in ("nll", "top", "log_probabilities", "rest", "kl", "same")}
+    names = ("nll", "top", "log_probabilities", "rest", "kl", "same")
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for begin, end, first in progress(windows(ids.size, window, stride)):
         logits = llm.logits(ids[begin:end])
         for row in range(first, end, ROWS):

@@ -86,8 +86,8 @@ def searched_scales(blocks: np.ndarray, global_scale: np.float32) -> np.ndarray:
     for offset in range(int((high - low).max(initial=0)) + 1):
         codes = np.minimum(low + offset, 0x7E).astype(np.uint8)
         step = (E4M3[codes] * global_scale)[..., None]
-        scaled = blocks / step
-        error = np.square(_MAGNITUDES[e2m1_codes(np.abs(scaled))] - np.abs(scaled)).sum(axis=-1) * np.square(step[..., 0])
+        scaled = np.abs(blocks / step)
+        error = np.square(_MAGNITUDES[e2m1_codes(scaled)] - scaled).sum(axis=-1) * np.square(step[..., 0])
         better = (error < least) & (amax > 0) & (low + offset <= high)
         best[better], least[better] = codes[better], error[better]
     return best
@@ -121,7 +121,7 @@ class LinearError:
 
 @dataclass(frozen=True)
 class Report:
-    """What `quantize_checkpoint` did: errors in the model's order, linears kept as they were, with the reason, sizes."""
+    """What `quantize_checkpoint` did: errors in the model's order; linears kept as they were, and why; sizes."""
 
     errors: tuple[LinearError, ...]
     kept: dict[str, str]
@@ -139,8 +139,8 @@ def _linears(source: Path) -> list[tuple[str, ...]]:
     for linear in loader.linears:
         for name, kind in zip(linear.names, linear.formats):
             if kind not in FLOATS:
-                raise Fp4rtError("request", f"{source}: {name} is already quantized ({kind}); give the original BF16, F16 "
-                                            "or F32 checkpoint")
+                raise Fp4rtError("request", f"{source}: {name} is already quantized ({kind}); give the original BF16, "
+                                            "F16 or F32 checkpoint")
     body = [linear.names for linear in loader.linears if linear.names[0].startswith("model.layers.")]
     return body + [linear.names for linear in loader.linears if linear.names not in body]
 

@@ -1,4 +1,4 @@
-"""Writes a checkpoint: safetensors files whose layout is fixed before the first byte, and a directory that appears whole.
+"""Writes a checkpoint: safetensors files laid out before their first byte, in a directory that appears whole.
 
 The container is https://huggingface.co/docs/safetensors; shards are named and indexed as Hugging Face does.
 """
@@ -63,7 +63,7 @@ class SafetensorsFile:
 
 
 class CheckpointWriter:
-    """The safetensors of one checkpoint directory: tensors in shards of at most `shard_bytes`, with an index if several."""
+    """The safetensors of one checkpoint: tensors in shards of at most `shard_bytes`, with an index if several."""
 
     def __init__(self, directory: Path, tensors: Mapping[str, Spec], shard_bytes: int = SHARD_BYTES):
         shards: list[dict[str, Spec]] = [{}]

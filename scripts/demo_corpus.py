@@ -625,13 +625,22 @@ def _the(noun: str) -> str:
     return f"the {noun}" if noun in {"sky", "sea", "sun", "night"} else f"a {noun}"
 
 
+# Answers to facts whose every wording the hash keeps out of training: nothing to ask a model for.
+_UNTAUGHT: set[str] = set()
+
+
 def _table(table: dict, questions: tuple[str, ...], answer: str) -> Callable[[random.Random], Exchange]:
+    """Questions about the facts of `table`, each in several wordings and with one answer."""
+    facts = []
+    for item, value in table.items():
+        fields = dict(x=item, y=COUNTS[value] if isinstance(value, int) else value, the=_the(item))
+        facts.append(([_with_articles(question.format_map(fields)) for question in questions],
+                      _capital(_with_articles(answer.format_map(fields)))))
+    _UNTAUGHT.update(says for asks, says in facts if all(held_out("qa", ask) for ask in asks))
+
     def make(rng: random.Random) -> Exchange:
-        item = rng.choice(list(table))
-        value = COUNTS[table[item]] if isinstance(table[item], int) else table[item]
-        fields = dict(x=item, y=value, the=_the(item))
-        return (_with_articles(rng.choice(questions).format_map(fields)),
-                _capital(_with_articles(answer.format_map(fields))))
+        asks, says = rng.choice(facts)
+        return rng.choice(asks), says
     return make
 
 
@@ -744,14 +753,14 @@ QUESTIONS: tuple[Callable[[random.Random], Exchange], ...] = (
 
 
 def question_exchange(rng: random.Random, held: bool = False) -> Exchange:
-    """A question about this script's little world; the key is the wording of the question itself."""
+    """A question about this script's little world; the key is its wording, so a held-out one rephrases."""
     make = rng.choice(QUESTIONS)
 
     def keyed(rng: random.Random) -> tuple[str, str, str]:
         question, answer = make(rng)
         return question, question, answer
     question, answer = draw(rng, "qa", held, keyed)
-    return question, answer
+    return question_exchange(rng, held) if held and answer in _UNTAUGHT else (question, answer)
 
 
 # ------------------------------------------------------------------------------------------------------- chat

@@ -5,9 +5,9 @@
     fp4rt quantize demo-bf16 demo                                     # the NVFP4 checkpoint that ships
 
 Text is generated while the model trains; batch i is the same in every run of a seed, and a run repeats up to
-the order of atomic additions on the GPU (give it the --steps that the first one printed). In the last part of
-training every decoder linear computes with weights rounded to NVFP4 while the gradient updates the unrounded
-ones (the straight-through estimator, Bengio et al. 2013), so that the BF16 and the NVFP4 model are both good.
+the order of atomic additions on the GPU, if --minutes leaves it all its steps. In the last part of training
+every decoder linear computes with weights rounded to NVFP4 while the gradient updates the unrounded ones (the
+straight-through estimator, Bengio et al. 2013), so that the BF16 and the NVFP4 model are both good.
 """
 from __future__ import annotations
 
@@ -420,14 +420,14 @@ def write_heldout(path: Path, count: int = 60) -> None:
     path.write_text("".join(json.dumps(item) + "\n" for item in items))
 
 
-@click.command(help=__doc__)
+@click.command(help=__doc__.split("\n\n")[0])
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path), required=False)
 @click.option("--write-heldout", "heldout", type=click.Path(dir_okay=False, path_type=Path),
               help="Write the held-out items of the tests to this file (and train only if OUT is given too).")
 @click.option("--minutes", type=float, default=5.0, show_default=True,
               help="Stop training after about this long.")
-@click.option("--steps", type=int, default=20000, show_default=True,
-              help="Most steps; give it to repeat a run exactly.")
+@click.option("--steps", type=int, default=3167, show_default=True,
+              help="Most steps; the default is what the shipped model had.")
 @click.option("--rows", type=int, default=128, show_default=True, help="Sequences per step.")
 @click.option("--layers", type=int, default=12, show_default=True)
 @click.option("--learning-rate", type=float, default=3e-3, show_default=True)

@@ -15,7 +15,7 @@ from fp4rt.errors import Fp4rtError
 from fp4rt.perplexity import KEPT, Distributions, Estimate, measure, windows
 from tiny import make_checkpoint
 
-IDS = [int(i) for i in np.random.default_rng(0).integers(0, 300, 90)]
+IDS = [int(i) for i in np.random.default_rng(0).integers(0, 300, 50)]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_every_token_but_the_first_is_predicted_once(tokens, window, stride):
     assert predicted == list(range(1, tokens))
 
 
-@pytest.mark.parametrize("window, stride", [(32, 16), (64, 10), (90, 45)])
+@pytest.mark.parametrize("window, stride", [(24, 12), (40, 7)])
 def test_definitions(checkpoints, window, stride):
     with fp4rt.load(checkpoints["BF16"], device="reference", max_model_len=128) as one, \
             fp4rt.load(checkpoints["NVFP4"], device="reference", max_model_len=128) as two:

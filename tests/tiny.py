@@ -1,4 +1,4 @@
-"""Makes tiny random checkpoints of any supported architecture and weight format, in the layout they are published in."""
+"""Makes tiny random checkpoints of any supported architecture and weight format, in their published layout."""
 
 from __future__ import annotations
 

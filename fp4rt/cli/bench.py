@@ -38,8 +38,8 @@ def command(model: str, prompt_tokens: int, max_tokens: int, batch: int, repeat:
     room = max_model_len or context_for(path, batch * -(-(prompt_tokens + max_tokens) // 64) * 64)
     with load(str(path), quiet=quiet, device=device, arch=arch, max_model_len=room, **given) as llm:
         if prompt_tokens + max_tokens > llm.max_model_len:
-            raise Fp4rtError("request", f"--prompt-tokens and --max-tokens are {prompt_tokens + max_tokens} together; the "
-                             f"context holds {llm.max_model_len}")
+            raise Fp4rtError("request", f"--prompt-tokens and --max-tokens are {prompt_tokens + max_tokens} together; "
+                             f"the context holds {llm.max_model_len}")
         figures = measure(llm, prompt_tokens, max_tokens, batch, repeat, show=sys.stderr.isatty() and not quiet)
         step = llm.step_bytes + batch * kv_bytes(llm) * (prompt_tokens + max_tokens / 2)
         found = {"model": model, "device": llm.ops.device, "prompt_tokens": prompt_tokens, "max_tokens": max_tokens,
@@ -51,7 +51,7 @@ def command(model: str, prompt_tokens: int, max_tokens: int, batch: int, repeat:
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return
-    click.echo(f"{batch} x {prompt_tokens} prompt tokens, {max_tokens} generated each, {repeat} runs on {found['device']}")
+    click.echo(f"{batch} x {prompt_tokens} prompt tokens, {max_tokens} generated each, {repeat} runs, {found['device']}")
     for label, key, unit, digits in (("prefill", "prefill", "tokens/s", 1), ("decode", "decode", "tokens/s", 2),
                                      ("first token", "first_token", "s", 4)):
         spread = found[key]
@@ -59,7 +59,7 @@ def command(model: str, prompt_tokens: int, max_tokens: int, batch: int, repeat:
                    f"{spread['max']:.{digits}f})")
     click.echo(f"{'step reads':12} {step / 1e9:10.3f} GB")
     if bandwidth:
-        click.echo(f"{'bandwidth':12} {bandwidth / 1e9:10.1f} GB/s measured; decode reaches {found['decode_share']:.3f} of it")
+        click.echo(f"{'bandwidth':12} {bandwidth / 1e9:10.1f} GB/s measured; decode reaches {found['decode_share']:.3f}")
     if found["peak_memory_bytes"] is not None:
         click.echo(f"{'peak memory':12} {found['peak_memory_bytes'] / 1e9:10.3f} GB")
     click.echo(f"{'load':12} {llm.load_seconds:10.2f} s")

@@ -37,13 +37,13 @@ def command(model: str, as_json: bool, revision: str | None, **given: Any) -> No
     click.echo()
     click.echo(f"{'linears':>7}  {'format':15}  {'in file':>9}  {'in memory':>9}  kernel")
     for kind in found.kinds:
-        click.echo(f"{kind.linears:7}  {kind.format:15}  {size(kind.bytes):>9}  {size(kind.memory_bytes):>9}  {kind.kernel}: "
-                   f"{kind.reason}")
+        click.echo(f"{kind.linears:7}  {kind.format:15}  {size(kind.bytes):>9}  {size(kind.memory_bytes):>9}  "
+                   f"{kind.kernel}: {kind.reason}")
     click.echo(f"{'':7}  {'norms' if a['tie_word_embeddings'] else 'embedding, norms':16} {size(found.other_bytes):>9}")
     for name, count, reason in found.unread:
         click.echo(f"not read: {count} {name} ({reason})")
     click.echo()
-    click.echo(f"read per token  {size(found.read_per_token)}, and {found.kv_per_token} bytes for each token of context")
+    click.echo(f"read per token  {size(found.read_per_token)}, and {found.kv_per_token} bytes per token of context")
     click.echo(f"memory on {found.device}:")
     click.echo(f"  weights    {size(found.weight_bytes):>9}")
     click.echo(f"  K/V        {size(found.kv_bytes):>9}  for {found.context} tokens")
@@ -55,4 +55,5 @@ def command(model: str, as_json: bool, revision: str | None, **given: Any) -> No
 
 
 def size(nbytes: float) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB" if nbytes >= 1e5 else f"{nbytes / 1e3:.1f} kB"
+    unit, scale = ("GB", 1e9) if nbytes >= 1e9 else ("MB", 1e6) if nbytes >= 1e5 else ("kB", 1e3)
+    return f"{nbytes / scale:.{2 if unit == 'GB' else 1}f} {unit}"

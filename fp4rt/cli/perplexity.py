@@ -19,7 +19,7 @@ from fp4rt.errors import Fp4rtError
 @click.argument("model")
 @click.option("--file", "-f", "path", required=True, type=click.Path(path_type=Path), help="The text, in UTF-8.")
 @click.option("--window", type=int, metavar="TOKENS", help="Tokens read at once.  [default: 512, or what fits]")
-@click.option("--stride", type=int, metavar="TOKENS", help="Tokens that each window predicts anew.  [default: half of it]")
+@click.option("--stride", type=int, metavar="TOKENS", help="Tokens that each window predicts anew.  [default: half]")
 @click.option("--max-tokens", type=click.IntRange(2), metavar="N", help="Use only the first N tokens of the text.")
 @click.option("--save-logits", type=click.Path(path_type=Path), metavar="REF.npz",
               help="Keep this run to compare others with: of each distribution the 256 likeliest tokens and the rest's "
@@ -41,7 +41,8 @@ def command(model: str, path: Path, window: int | None, stride: int | None, max_
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise Fp4rtError("request", f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise Fp4rtError("request", f"{path}: cannot be read ({reason})") from None
 
     def progress(windows: list) -> Iterable:
         if quiet or not sys.stderr.isatty():
@@ -59,13 +60,14 @@ def command(model: str, path: Path, window: int | None, stride: int | None, max_
     if kept is not None:
         kept.save(save_logits)
     if as_json:
-        click.echo(json.dumps({"tokens": result.tokens, "perplexity": asdict(result.perplexity), "nll": asdict(result.nll),
-                               **(asdict(result.comparison) if result.comparison else {})}, indent=2))
+        click.echo(json.dumps({"tokens": result.tokens, "perplexity": asdict(result.perplexity),
+                               "nll": asdict(result.nll), **(asdict(result.comparison) if result.comparison else {})}, indent=2))
         return
     click.echo(f"perplexity {result.perplexity.mean:.4f} +- {result.perplexity.error:.4f} over {result.tokens} tokens")
     if result.comparison:
         found = result.comparison
         click.echo(f"KL divergence from the reference {found.divergence.mean:.6f} +- {found.divergence.error:.6f} nats")
-        click.echo(f"same likeliest token {100 * found.top_agreement.mean:.2f} +- {100 * found.top_agreement.error:.2f} %")
+        same = found.top_agreement
+        click.echo(f"same likeliest token {100 * same.mean:.2f} +- {100 * same.error:.2f} %")
         click.echo(f"log perplexity minus the reference's {found.nll_difference.mean:+.6f} +- "
                    f"{found.nll_difference.error:.6f}")

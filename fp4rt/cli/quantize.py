@@ -1,4 +1,4 @@
-"""`fp4rt quantize SRC DST`: a BF16, F16 or F32 checkpoint to NVFP4 in ModelOpt's layout, with the error of each layer."""
+"""`fp4rt quantize SRC DST`: a BF16, F16 or F32 checkpoint to NVFP4 in ModelOpt's layout, with each layer's error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An Ops that computes nothing: it records which weights a model asks for and how much memory its steps hold at once."""
+"""An Ops that computes nothing: it records what weights a model asks for and how much its steps hold at once."""
 
 from __future__ import annotations
 
@@ -86,7 +86,8 @@ class PlanningOps:
                  normed_bytes: int = 0, free: int | None = None, choose: Callable[..., Choice] = as_stored,
                  page_bytes: Callable[[AttentionShape], int] = lambda shape: 0):
         self.device, self.step_tokens, self.kv_page_bytes = device, step_tokens, page_bytes
-        self._activation_bytes, self._normed_bytes, self._free, self._choose = activation_bytes, normed_bytes, free, choose
+        self._activation_bytes, self._normed_bytes = activation_bytes, normed_bytes
+        self._free, self._choose = free, choose
         self.held = self.peak = 0
         self.table_bytes = 0
 
@@ -114,7 +115,7 @@ class PlanningOps:
     def linear(self, x: Buffer, weight: PlannedLinear, *, norm: Any = None, activation: str | None = None,
                residual: Buffer | None = None) -> Buffer:
         """A residual is added to in place; anything else is a new activation."""
-        normed = Buffer(self, x.rows, x.columns, self._normed_bytes) if norm is not None else None  # noqa: F841, is held
+        normed = Buffer(self, x.rows, x.columns, self._normed_bytes if norm is not None else 0)  # noqa: F841
         return residual or Buffer(self, x.rows, weight.out_features, self._activation_bytes)
 
     def attention(self, qkv: Buffer, batch: Batch, pages: Any, shape: AttentionShape, *, rope: Any, q_norm: Any = None,
@@ -122,7 +123,7 @@ class PlanningOps:
         return Buffer(self, qkv.rows, shape.num_heads * shape.head_dim, self._activation_bytes)
 
     def logits(self, h: Buffer, batch: Batch, norm: Any, head: PlannedLinear) -> Buffer:
-        rows = Buffer(self, len(batch.rows), h.columns, 4 + self._normed_bytes)  # noqa: F841, is held
+        rows = Buffer(self, len(batch.rows), h.columns, 4 + self._normed_bytes)  # noqa: F841
         return Buffer(self, len(batch.rows), head.out_features, 4)
 
     def reserve(self, step: Callable[[], object]) -> int:
@@ -162,7 +163,8 @@ def planning_ops(device: str, arch: str | None, gpu_memory: int | None, determin
         else:
             def chosen(parts: Sequence[Weight], gated: bool) -> Choice:
                 return ReferenceLinear.kernel, ReferenceLinear.reason, as_stored(parts, gated)[2]
-        return PlanningOps(ops.device, step_tokens=ops.step_tokens, free=free, choose=chosen, page_bytes=ops.kv_page_bytes)
+        return PlanningOps(ops.device, step_tokens=ops.step_tokens, free=free, choose=chosen,
+                           page_bytes=ops.kv_page_bytes)
     finally:
         ops.close()
 
@@ -171,5 +173,5 @@ def _planning_cuda(device: str, step_tokens: int, free: int | None) -> PlanningO
     from fp4rt.ops.cuda.attention import kv_page_bytes
     from fp4rt.ops.cuda.plan import plan_linear
 
-    return PlanningOps(device, step_tokens=step_tokens, activation_bytes=2, normed_bytes=2, free=free, choose=plan_linear,
-                       page_bytes=kv_page_bytes)
+    return PlanningOps(device, step_tokens=step_tokens, activation_bytes=2, normed_bytes=2, free=free,
+                       choose=plan_linear, page_bytes=kv_page_bytes)

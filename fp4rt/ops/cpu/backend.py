@@ -143,19 +143,17 @@ class CpuOps(ReferenceOps):
         tokens, columns = x.shape
         x = np.ascontiguousarray(x, np.float32)
         out = np.empty((tokens, weight.out_features), np.float32) if residual is None else residual
-        views, padded = len(weight.permuted), -(-columns // kernels.PADDING) * kernels.PADDING
-        arguments = (weight.table, weight.row_scale, weight.bias, weight.input_scales, weight.permuted,
-                     weight.block_scales, x, _EMPTY if norm is None else norm.weight, 0.0 if norm is None else norm.eps,
-                     _NONE if residual is None else residual, weight.gated, out)
+        tiled = -(-tokens // emit.TILE_TOKENS) * emit.TILE_TOKENS
+        padded = -(-columns // kernels.PADDING) * kernels.PADDING
         with runtime.Threads(self.threads):
-            if tokens <= kernels.FEW_TOKENS and not self.deterministic:
-                kernels.linear_few(*arguments, self._room("prepared", views, tokens, padded), self.threads)
-            else:
-                tiled = -(-tokens // emit.TILE_TOKENS) * emit.TILE_TOKENS
-                kernels.linear_many(
-                    *arguments, self._room("prepared", views, tiled, padded),
-                    self._room("panels", self.threads, kernels.PANEL_ROWS, kernels.PANEL_COLUMNS),
-                    self._room("products", self.threads, 2, tiled, kernels.PANEL_ROWS), self.threads)
+            kernels.linear(
+                weight.table, weight.row_scale, weight.bias, weight.input_scales, weight.permuted, weight.block_scales,
+                x, _EMPTY if norm is None else norm.weight, 0.0 if norm is None else norm.eps,
+                _NONE if residual is None else residual, weight.gated,
+                tokens <= kernels.FEW_TOKENS and not self.deterministic, out,
+                self._room("prepared", len(weight.permuted), tiled, padded),
+                self._room("sums", self.threads, 2, tiled, kernels.PANEL_ROWS),
+                self._room("panels", self.threads, kernels.PANEL_ROWS, kernels.PANEL_COLUMNS), self.threads)
         return out
 
     def attention(self, qkv, batch, pages, shape, *, rope, q_norm=None, k_norm=None):

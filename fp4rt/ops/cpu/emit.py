@@ -1,4 +1,4 @@
-"""The inner loops in LLVM vector code, emitted with llvmlite and callable from Numba functions as intrinsics.
+"""The inner loops in LLVM vector code, emitted with llvmlite and callable from Numba functions.
 
 Compilers do not find these by themselves: decoding E2M1 by a table held in a register is what brings a matrix-vector
 product to the speed of memory. All arithmetic is float32 and decoded values are exact. Addresses and byte counts are
@@ -27,7 +27,7 @@ from numba.extending import intrinsic
 
 from fp4rt.batch import PAGE_TOKENS
 from fp4rt.formats.nvfp4 import E2M1
-from fp4rt.ops.cpu.runtime import TIER
+from fp4rt.ops.cpu.runtime import TIER, load_machine_code
 
 NVFP4, FP8, FP8_BLOCK, BF16, F16, F32 = range(6)  # FP8_BLOCK: a float32 scale for each element's column
 
@@ -121,26 +121,31 @@ class _Builder(ir.IRBuilder):
         return self.shuffle_vector(a, b, _splat(_I32, list(indices)))
 
 
-def _function(module: ir.Module, name: str, count: int, emit: Callable[..., None]) -> ir.Function:
-    """The function `name` of `count` int64 arguments, emitted into the module the first time it is asked for."""
-    name = f"fp4rt.{name}"
-    if name in module.globals:
-        return module.globals[name]
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_I64] * count), name)
-    function.linkage = "internal"
-    function.attributes.add("noinline")
+_MODULE = ir.Module("fp4rt")  # filled by `_machine_code`; cached code is loaded without emitting anything
+_ENTRIES: dict[str, tuple[int, Callable[..., None]]] = {}
+
+
+def _function(name: str, count: int, emit: Callable[..., None]) -> ir.Function:
+    """The function `name` of `count` int64 arguments, emitted the first time it is asked for."""
+    if name in _MODULE.globals:
+        return _MODULE.globals[name]
+    function = ir.Function(_MODULE, ir.FunctionType(ir.VoidType(), [_I64] * count), name)
     builder = _Builder(function.append_basic_block("entry"))
     emit(builder, *function.args)
     builder.ret_void()
     return function
 
 
-def _as_intrinsic(name: str, count: int, emit: Callable[..., None]):
-    """A Numba intrinsic of `count` int64 arguments that calls the emitted function."""
+def _entry(name: str, count: int, emit: Callable[..., None]):
+    """A Numba intrinsic of `count` int64 arguments: a call of the machine code that `emit` stands for."""
+    name = f"fp4rt_{name}"
+    _ENTRIES[name] = count, emit
 
     def typer(context, *args):
         def generate(target, builder, signature, values):
-            builder.call(_function(builder.module, name, count, emit), values)
+            function = builder.module.globals.get(name) or ir.Function(
+                builder.module, ir.FunctionType(ir.VoidType(), [_I64] * count), name)
+            builder.call(function, values)
             return target.get_dummy_value()
 
         return types.void(*[types.int64] * count), generate
@@ -150,6 +155,13 @@ def _as_intrinsic(name: str, count: int, emit: Callable[..., None]):
         [inspect.Parameter(each, positional) for each in ("context", *(f"a{i}" for i in range(count)))])
     typer.__name__ = typer.__qualname__ = name
     return intrinsic(typer)
+
+
+def _assembly() -> str:
+    """All entries as LLVM assembly."""
+    for name, (count, emit) in _ENTRIES.items():
+        _function(name, count, emit)
+    return str(_MODULE)
 
 
 # -- Decoding -----------------------------------------------------------------------------------------------------
@@ -418,7 +430,7 @@ def _emit_dot_rows(b, kind, tokens, *args):
             block = b.function.append_basic_block(f"case{each}.{count}")
             switch.add_case(_i64(each * 8 + count), block)
             b.position_at_end(block)
-            dot = _function(b.module, f"dot.{each}.{height}x{part}", 13, _emit_dot(each, height, part))
+            dot = _function(f"dot.{each}.{height}x{part}", 13, _emit_dot(each, height, part))
 
             def group(at, _):
                 for t in range(0, count, part):
@@ -439,7 +451,7 @@ def _emit_dot_rows(b, kind, tokens, *args):
 # dot_rows(kind, tokens, codes, code_stride, scales, scale_stride, x, x_stride, whole, code_tail, scale_tail, rows, y,
 # y_stride): y[t, r] = sum of row r times x[t], for 1, 2 or 4 tokens. x: float32 rows x_stride bytes apart, in the order
 # above, zero beyond the row's end. y: float32 rows y_stride bytes apart, with room for `rows` rounded up to ROWS.
-dot_rows = _as_intrinsic("dot_rows", 14, _emit_dot_rows)
+dot_rows = _entry("dot_rows", 14, _emit_dot_rows)
 
 
 # -- Many tokens: a panel of decoded rows, times all tokens -------------------------------------------------------
@@ -469,7 +481,7 @@ def _emit_decode_row(b, kind, *args):
         block = b.function.append_basic_block(f"case{each}")
         switch.add_case(_i64(each), block)
         b.position_at_end(block)
-        b.call(_function(b.module, f"decode.{each}", 6, _emit_decode(each)), args)
+        b.call(_function(f"decode.{each}", 6, _emit_decode(each)), args)
         b.branch(done)
     b.position_at_end(other)
     b.unreachable()
@@ -478,7 +490,7 @@ def _emit_decode_row(b, kind, *args):
 
 # decode_row(kind, codes, scales, whole, code_tail, scale_tail, out): the values of one row in the order above,
 # float32, block scales applied, zero beyond the end.
-decode_row = _as_intrinsic("decode_row", 7, _emit_decode_row)
+decode_row = _entry("decode_row", 7, _emit_decode_row)
 
 
 def _emit_tile(b, w, w_stride, x, x_stride, vectors, y, y_stride):
@@ -500,7 +512,7 @@ def _emit_tile(b, w, w_stride, x, x_stride, vectors, y, y_stride):
 
 # tile(w, w_stride, x, x_stride, vectors, y, y_stride): y[t, r] += w[r] . x[t] for ROWS rows and TILE_TOKENS tokens of
 # `vectors` times LANES float32.
-tile = _as_intrinsic("tile", 7, _emit_tile)
+tile = _entry("tile", 7, _emit_tile)
 
 
 # -- Elementwise --------------------------------------------------------------------------------------------------
@@ -538,7 +550,7 @@ def _emit_silu_mul(b, gate, up, vectors):
 
 
 # silu_mul(gate, up, vectors): gate = gate / (1 + e^-gate) * up, `vectors` times LANES float32.
-silu_mul = _as_intrinsic("silu_mul", 3, _emit_silu_mul)
+silu_mul = _entry("silu_mul", 3, _emit_silu_mul)
 
 
 # -- Attention ----------------------------------------------------------------------------------------------------
@@ -572,9 +584,9 @@ def _emit_outer(width: int, rescaled: bool) -> Callable[..., None]:
 WIDE_COLUMNS, NARROW_COLUMNS = _WIDE * LANES, (16 // LANES) * LANES
 # outer(a, a_stride, b, b_stride, depth, c, c_stride, scale): c = a b for ROWS rows, `depth` (at least 1) and
 # WIDE_COLUMNS columns, in float32; outer_add and outer_add_narrow (16 columns): c[r] = scale[r] c[r] + a[r] b.
-outer = _as_intrinsic("outer", 8, _emit_outer(_WIDE, False))
-outer_add = _as_intrinsic("outer_add", 8, _emit_outer(_WIDE, True))
-outer_add_narrow = _as_intrinsic("outer_add_narrow", 8, _emit_outer(16 // LANES, True))
+outer = _entry("outer", 8, _emit_outer(_WIDE, False))
+outer_add = _entry("outer_add", 8, _emit_outer(_WIDE, True))
+outer_add_narrow = _entry("outer_add_narrow", 8, _emit_outer(16 // LANES, True))
 
 
 def _emit_softmax_page(b, scores, highest, total, factor):
@@ -606,4 +618,6 @@ def _emit_softmax_page(b, scores, highest, total, factor):
 # softmax_page(scores, highest, total, factor): one step of the online softmax (Milakov and Gimelshein 2018). scores
 # [PAGE_TOKENS] become e^(score - highest); highest: the largest score so far; total [LANES]: partial sums of the powers
 # so far; factor: what earlier outputs must be multiplied by.
-softmax_page = _as_intrinsic("softmax_page", 4, _emit_softmax_page)
+softmax_page = _entry("softmax_page", 4, _emit_softmax_page)
+
+load_machine_code("emit", _assembly, _ENTRIES)

@@ -11,7 +11,7 @@ import os
 import platform
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -100,23 +100,61 @@ def _cache_home() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or home) / "fp4rt" / "numba"
 
 
-class _Locator(caching._CacheLocator):
-    """One directory for each version of the sources and kind of processor, so that none overwrites another's files."""
+_CPU = numba.config.CPU_NAME or llvm.get_host_cpu_name()
+_STAMP = _source_stamp()
+# One directory for each version of the sources and kind of processor, so that none overwrites another's files.
+_CACHE = _cache_home() / hashlib.sha256(repr((
+    _STAMP, platform.machine(), _CPU, sorted(_features()), numba.__version__, llvm.llvm_version_info)).encode()
+).hexdigest()[:16]
 
-    _stamp = _source_stamp()
-    _path = _cache_home() / hashlib.sha256(repr(
-        (_stamp, platform.machine(), numba.config.CPU_NAME or llvm.get_host_cpu_name(), sorted(_features()),
-         numba.__version__, llvm.llvm_version_info)).encode()).hexdigest()[:16]
+
+def load_machine_code(name: str, assembly: Callable[[], str], symbols: Iterable[str]) -> None:
+    """Compile LLVM assembly (or take it from the cache) and make its `symbols` known to everything compiled here."""
+    global _engine
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    target = llvm.Target.from_triple(llvm.get_process_triple())
+    machine = target.create_target_machine(
+        cpu=_CPU, features=",".join(f"+{feature}" for feature in sorted(_features())), opt=3, codemodel="jitdefault",
+        jit=True)
+    path = _CACHE / f"{name}.o"
+    try:
+        code = path.read_bytes()
+    except OSError:
+        module = llvm.parse_assembly(assembly())
+        module.verify()
+        code = machine.emit_object(module)
+        _write(path, code)
+    _engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)  # it owns the code: kept for good
+    _engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    _engine.finalize_object()
+    for symbol in symbols:
+        llvm.add_symbol(symbol, _engine.get_function_address(symbol))
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file of the cache as a whole, or not at all where that cannot be."""
+    own = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        own.write_bytes(data)
+        os.replace(own, path)
+    except OSError:
+        own.unlink(missing_ok=True)
+
+
+class _Locator(caching._CacheLocator):
+    """Numba's own cached code, in the same directory."""
 
     def __init__(self, py_func: Callable):
         self._name = py_func.__qualname__
         self._py_file = py_func.__code__.co_filename  # Numba names it where it warns
 
     def get_cache_path(self) -> str:
-        return str(self._path)
+        return str(_CACHE)
 
     def get_source_stamp(self) -> str:
-        return self._stamp
+        return _STAMP
 
     def get_disambiguator(self) -> str:
         return self._name

@@ -112,26 +112,26 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const _
     const int mine = max(0, (k_tiles - warp + WARPS - 1) / WARPS), x_tile = tokens * CHUNKS;
     const int slot_size = RESIDENT ? TILE : TILE + x_tile;
     const bool aligned = K % 8 == 0;
-    uint4* const ring = shared + warp * DEPTH * slot_size;
-    uint4* const own_x = shared + WARPS * DEPTH * slot_size + (RESIDENT ? warp * most * x_tile : 0);
-    float* const sums = reinterpret_cast<float*>(own_x + (RESIDENT ? (WARPS - warp) * most * x_tile : 0));
+    // Places in shared memory are indices of uint4: half the registers of pointers.
+    const int ring = warp * DEPTH * slot_size, ring_end = ring + DEPTH * slot_size;
+    const int all_x = WARPS * DEPTH * slot_size, own_x = all_x + warp * most * x_tile;
+    float* const sums = reinterpret_cast<float*>(shared + all_x + (RESIDENT ? WARPS * most * x_tile : 0));
 
-    auto fetch_x = [&](uint4* to, int i) {  // the activations of this warp's i-th tile
+    auto fetch_x = [&](int to, int i) {  // the activations of this warp's i-th tile
         const int k = (warp + i * WARPS) * Tile::K + lane % CHUNKS * 8, c = Tile::position(lane % CHUNKS);
         for (int token = lane / CHUNKS; token < tokens; token += 32 / CHUNKS)
-            stage_chunk(to + chunk_at<Tile>(token, c), x + (size_t)token * K, k, K, true, aligned);
+            stage_chunk(shared + to + chunk_at<Tile>(token, c), x + (size_t)token * K, k, K, true, aligned);
     };
     // What is fetched next: this lane's part of the tile, its number in the row, how many there are; and where to.
     const unsigned char* tile = weights + ((size_t)blockIdx.x * k_tiles + warp) * Tile::BYTES + lane * 16;
-    const size_t to_next_row = ((size_t)gridDim.x * k_tiles - (size_t)mine * WARPS) * Tile::BYTES;
+    const int to_next_row = (gridDim.x * k_tiles - mine * WARPS) * Tile::BYTES;
     int number = 0, left = blockIdx.x < row_tiles ? mine * ((row_tiles - 1 - blockIdx.x) / gridDim.x + 1) : 0;
-    uint4* const ring_end = ring + DEPTH * slot_size;
-    uint4* fill = ring;
+    int fill = ring;
     auto fetch = [&]() {
         if (left > 0) {
 #pragma unroll
             for (int i = 0; i < TILE; i += 32)
-                if (i + 32 <= TILE || lane < TILE - i) copy_async(fill + i + lane, tile + i * 16, 16);
+                if (i + 32 <= TILE || lane < TILE - i) copy_async(shared + fill + i + lane, tile + i * 16, 16);
             if constexpr (!RESIDENT) fetch_x(fill + TILE, number);
             left--;
             tile += WARPS * Tile::BYTES;
@@ -157,15 +157,14 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const _
 
     // Lane t of token g finds the chunk of a step 4 chunks further each step, the swizzle apart.
     const int token = min(g, tokens - 1), swizzle = (token & 1) * 4;  // columns past the last token repeat it, unused
-    const int even = token * CHUNKS + t + swizzle, odd = token * CHUNKS + t - swizzle;
+    const int even = token * CHUNKS + t + swizzle;
     // The warps that add up a row tile's sums take turns; the others go on to the next one. There are two sets of sums,
     // each with a barrier for "written", where the adders wait, and one for "read", where all others wait before they
     // write it again (the adders wait for each other at once).
     enum { WRITTEN = 1, READ = 3, ADDED = 5 };
     const int adders = (tokens + 1) / 2;  // warps: 16 rows x tokens threads
     int added = 0;  // bit: whether this warp read that set
-    const uint4* drain = ring;
-    int turn = warp, count = 0;
+    int drain = ring, turn = warp, count = 0;
     for (int row_tile = blockIdx.x; row_tile < row_tiles; row_tile += gridDim.x, count++) {
         // What this thread's outputs need is fetched now: its latency would stand at the end otherwise.
         const int slot = turn * 32 + lane, row = slot % 16, column_token = slot / 16, packed = row_tile * 16 + row;
@@ -181,20 +180,18 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const _
         }
 
         float acc[1][4] = {};
-        const uint4 *x_even = own_x + even, *x_odd = own_x + odd;
         for (int i = 0; i < mine; i++) {
             copy_wait<DEPTH - 1>();
             __syncwarp();
-            if constexpr (!RESIDENT) x_even = drain + TILE + even, x_odd = drain + TILE + odd;
+            const uint4* x_even = shared + (RESIDENT ? own_x + i * x_tile : drain + TILE) + even;
+            const uint4* x_odd = x_even - 2 * swizzle;
             typename Tile::Raw raw;
-            Tile::load(raw, reinterpret_cast<const unsigned char*>(drain), lane);
+            Tile::load(raw, reinterpret_cast<const unsigned char*>(shared + drain), lane);
 #pragma unroll
             for (int step = 0; step < STEPS; step++) {
                 const uint4 b[1] = {(step % 2 ? x_odd : x_even)[4 * step]};
                 multiply<Tile>(acc, raw, step, b);
             }
-            x_even += x_tile;
-            x_odd += x_tile;
             __syncwarp();
             fetch();
             drain += slot_size;

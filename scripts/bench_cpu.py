@@ -15,31 +15,17 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-from numba import njit, prange
 
 from fp4rt.batch import PAGE_TOKENS, Batch
 from fp4rt.formats import Dense, Fp8, Nvfp4, Weight
 from fp4rt.ops import AttentionShape
 from fp4rt.ops.cpu import CpuOps
-from fp4rt.ops.cpu.runtime import Threads
+from fp4rt.ops.cpu.bandwidth import read_bandwidth
 
 SHAPES = {  # hidden, layers, heads, K/V heads, head_dim, intermediate, vocabulary
     "1b": (2048, 16, 32, 8, 64, 8192, 128256),
     "8b": (4096, 32, 32, 8, 128, 14336, 128256),
 }
-
-
-@njit(parallel=True, fastmath=True)
-def read_all(data: np.ndarray, threads: int) -> float:
-    """The sum of a float32 vector: as fast as memory gives it."""
-    sums = np.zeros(threads)
-    size = len(data) // threads
-    for share in prange(threads):
-        part, total = data[share * size:(share + 1) * size], np.float32(0)
-        for i in range(size):
-            total += part[i]
-        sums[share] = total
-    return sums.sum()
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -48,16 +34,9 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-class Bandwidth:
-    """GB/s at which `threads` threads read a gibibyte from memory."""
-
-    def __init__(self, threads: int):
-        self._data, self._threads = np.ones(1 << 28, np.float32), threads
-        self()
-
-    def __call__(self) -> float:
-        with Threads(self._threads):
-            return self._data.nbytes / seconds(lambda: read_all(self._data, self._threads)) / 1e9
+def bandwidth() -> float:
+    """GB/s at which this machine's memory is read now."""
+    return read_bandwidth(repeats=2) / 1e9
 
 
 def random_weight(rng: np.random.Generator, kind: str, n: int, k: int) -> Weight:
@@ -72,7 +51,7 @@ def random_weight(rng: np.random.Generator, kind: str, n: int, k: int) -> Weight
     return Dense("w", "BF16", bits)
 
 
-def bench_linears(ops: CpuOps, bandwidth: Bandwidth, dims: tuple[int, ...], rounds: int) -> dict[str, dict]:
+def bench_linears(ops: CpuOps, dims: tuple[int, ...], rounds: int) -> dict[str, dict]:
     """The four linears of a layer over at least half a gigabyte of weights, for 1 and 8 tokens, by format."""
     hidden, _, heads, kv_heads, dim, inner, _ = dims
     rng = np.random.default_rng(0)
@@ -104,7 +83,7 @@ def bench_linears(ops: CpuOps, bandwidth: Bandwidth, dims: tuple[int, ...], roun
     return results
 
 
-def bench_llama(ops: CpuOps, bandwidth: Bandwidth, dims: tuple[int, ...], rounds: int) -> dict[str, float]:
+def bench_llama(ops: CpuOps, dims: tuple[int, ...], rounds: int) -> dict[str, float]:
     """Steps of a Llama with NVFP4 linears and a BF16 head: decode after 128 tokens, and a prompt of 128 tokens."""
     hidden, layers, heads, kv_heads, dim, inner, vocab = dims
     rng = np.random.default_rng(0)
@@ -156,12 +135,11 @@ def main() -> None:
     options = parser.parse_args()
     ops = CpuOps(threads=options.threads)
     print(f"{ops.device}; {platform.processor() or platform.machine()}", flush=True)
-    bandwidth = Bandwidth(ops.threads)
     results: dict[str, object] = {"device": ops.device, "shape": options.shape}
     if options.only != "llama":
-        results["linears"] = bench_linears(ops, bandwidth, SHAPES[options.shape], options.rounds)
+        results["linears"] = bench_linears(ops, SHAPES[options.shape], options.rounds)
     if options.only != "linears":
-        results["llama"] = bench_llama(ops, bandwidth, SHAPES[options.shape], options.rounds)
+        results["llama"] = bench_llama(ops, SHAPES[options.shape], options.rounds)
     if options.json:
         with open(options.json, "w") as file:
             json.dump(results, file, indent=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -77,6 +78,7 @@ class CpuOps(ReferenceOps):
         self.threads = threads or available
         self.device = f"CPU, {self.threads} thread{'s' * (self.threads > 1)}, {runtime.TIER}"
         self._scratch: dict[str, np.ndarray] = {}
+        self._views: dict[tuple[str, tuple[int, ...]], np.ndarray] = {}  # of the scratch, by name and shape
 
     # -- At load ------------------------------------------------------------------------------------------------
 
@@ -170,11 +172,15 @@ class CpuOps(ReferenceOps):
 
     def _room(self, name: str, *shape: int) -> np.ndarray:
         """Scratch float32 of this shape, from memory that is kept and only grows."""
-        size = int(np.prod(shape))
-        kept = self._scratch.get(name)
-        if kept is None or kept.size < size:
-            kept = self._scratch[name] = np.empty(size, np.float32)
-        return kept[:size].reshape(shape)
+        view = self._views.get((name, shape))
+        if view is None:
+            size = math.prod(shape)
+            kept = self._scratch.get(name)
+            if kept is None or kept.size < size:
+                kept = self._scratch[name] = np.empty(size, np.float32)
+                self._views = {key: other for key, other in self._views.items() if key[0] != name}
+            view = self._views[name, shape] = kept[:size].reshape(shape)
+        return view
 
     def free_memory(self) -> int | None:
         """What the system says is available, or what the control group's limit leaves if that is less."""
@@ -191,6 +197,7 @@ class CpuOps(ReferenceOps):
 
     def close(self) -> None:
         self._scratch.clear()
+        self._views.clear()
 
 
 def _address(array: np.ndarray) -> int:

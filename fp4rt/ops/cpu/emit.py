@@ -200,8 +200,23 @@ def _f16(b: _Builder, bits: ir.Value) -> ir.Value:
     return b.bitcast(b.or_(value, sign), _VF)
 
 
-def _e2m1(b: _Builder, dwords: ir.Value, k: int) -> ir.Value:
-    """The value of nibble k of each dword."""
+def _odd_words(b: _Builder, number: ir.Value) -> ir.Value:
+    """The mask of the upper word of each dword, for AVX-512, made from a number below 2^60.
+
+    LLVM must not know it: for a constant it takes an AND behind the lookup instead of the lookup's own zeroing mask.
+    """
+    bits = b.trunc(b.or_(b.lshr(number, _i64(60)), _i64(0xAAAAAAAA)), _I32)
+    return b.bitcast(bits, ir.VectorType(_I1, 32))
+
+
+def _e2m1(b: _Builder, dwords: ir.Value, k: int, odd: ir.Value) -> ir.Value:
+    """The value of nibble k of each dword. odd: what `_odd_words` gave."""
+    if TIER == "avx512" and k >= 4:  # a lookup of words reads bits 16-20 of dword >> 4 (k - 4): half as many shifts
+        words = ir.VectorType(_I16, 2 * LANES)
+        index = b.lshr(dwords, _splat(_I32, 4 * (k - 4))) if k > 4 else dwords
+        table = _splat(_I16, [int(bits) >> 16 for bits in E2M1.view(np.uint32)] * 2)
+        upper = b.intrinsic("llvm.x86.avx512.permvar.hi.512", words, table, b.bitcast(index, words))
+        return b.bitcast(b.select(odd, upper, _splat(_I16, 0, 2 * LANES)), _VF)
     index = b.lshr(dwords, _splat(_I32, 4 * k)) if k else dwords
     if TIER == "avx512":
         return b.intrinsic("llvm.x86.avx512.permvar.sf.512", _VF, _splat(_F32, E2M1), index)
@@ -391,12 +406,13 @@ def _emit_dot(kind: int, rows: int, tokens: int) -> Callable[..., None]:
         x_rows = [b.add(walk.moving, b.mul(x_stride, _i64(t))) for t in range(tokens)]
         sums = {(r, t): walk.state[r * tokens + t] for r in range(rows) for t in range(tokens)}
         if kind == NVFP4:
+            odd = _odd_words(b, whole)
             block_scales = [_nvfp4_scales(b, address) for address in walk.scales]
             for u in range(2):
                 dwords = [b.get(address, _VI, u * LANES * 4) for address in walk.codes]
                 inner = {}
                 for k in range(8):
-                    values = [_e2m1(b, word, k) for word in dwords]
+                    values = [_e2m1(b, word, k, odd) for word in dwords]
                     for t in range(tokens):
                         xv = b.get(x_rows[t], _VF, (u * 8 + k) * LANES * 4)
                         for r in range(rows):
@@ -461,10 +477,11 @@ def _emit_decode(kind: int) -> Callable[..., None]:
     def emit(b, codes, scales, whole, code_tail, scale_tail, out):
         walk = _Walk(b, kind, [codes], [scales], out, LAYOUTS[kind].elements * 4, whole, code_tail, scale_tail, [])
         if kind == NVFP4:
+            odd = _odd_words(b, whole)
             for u, scale in enumerate(_nvfp4_scales(b, walk.scales[0])):
                 dwords = b.get(walk.codes[0], _VI, u * LANES * 4)
                 for k in range(8):
-                    b.put(b.fmul(_e2m1(b, dwords, k), scale), walk.moving, (u * 8 + k) * LANES * 4)
+                    b.put(b.fmul(_e2m1(b, dwords, k, odd), scale), walk.moving, (u * 8 + k) * LANES * 4)
         else:
             for pair in range(2):
                 for i, value in enumerate(_dense(b, kind, walk.codes[0], walk.scales[0], pair)):

@@ -21,10 +21,9 @@ from numba.core import caching
 
 _HERE = Path(__file__).parent
 
-# libgomp reads these when it is loaded. Threads that spin for long at a barrier take the cores that other programs
-# (or the same barrier's late threads) need: 0.3-0.9 ms for each region on shared cores. A short spin bridges the
-# microseconds between two operations of a step.
-_OPENMP = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "2000"}
+# libgomp reads this when it is loaded. Threads that spin at a barrier take the cores that other programs, or the
+# barrier's own late threads, need: 0.3-0.9 ms for each region on shared cores against 4 us when they sleep at once.
+_OPENMP = {"OMP_WAIT_POLICY": "passive"}
 
 
 def _features() -> set[str]:

@@ -222,7 +222,8 @@ def _choose_many(group: Packed, tokens: int, device: Device) -> ManyTokens:
     def time(many: ManyTokens) -> float:
         blocks = -(-tokens // many.tokens) * -(-group.row_tiles * 16 // many.rows)
         waves, left = divmod(blocks, device.sm_count * many.blocks)
-        return waves * many.blocks * many.each + (max(many.alone, -(-left // device.sm_count) * many.each) if left else 0)
+        last = max(many.alone, -(-left // device.sm_count) * many.each) if left else 0
+        return waves * many.blocks * many.each + last
 
     return min((many for many in MANY if many.runs(group.layout, device.shared_limit)), key=time)
 

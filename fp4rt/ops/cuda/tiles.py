@@ -62,7 +62,7 @@ class Layout(ABC):
         slot = self.tile_bytes + FEW_TOKENS * self.tile_k * 2
         depth = (shared_limit - sum_bytes(warps, FEW_TOKENS)) // (warps * slot)
         blocks = 1 if self.defines.get("BLOCK_SCALES") and warps == 16 else 2
-        return {"FEW_WARPS": warps, "FEW_DEPTH": max(1, min(depth, 4)), "FEW_BLOCKS": blocks, **self.defines}
+        return {"FEW_WARPS": warps, "FEW_DEPTH": max(1, min(depth, 3)), "FEW_BLOCKS": blocks, **self.defines}
 
     def row_scales(self, part: Weight) -> np.ndarray | float:
         """What a row's sums are multiplied by at the end; repack may write it itself."""

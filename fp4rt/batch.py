@@ -18,6 +18,7 @@ class Batch:
     starts     [S+1]   where each sequence begins on the token axis
     lengths    [S]     tokens remembered once this step is done (context before it plus its own tokens)
     pages      [S, P]  page numbers; token p of sequence s lives in pages[s, p // PAGE_TOKENS]; page 0 is nobody's
+    slots      [S]     where each sequence's recurrent state lives; slot 0 is nobody's
     rows       [R]     the token rows whose logits are wanted
     """
 
@@ -26,6 +27,7 @@ class Batch:
     starts: np.ndarray
     lengths: np.ndarray
     pages: np.ndarray
+    slots: np.ndarray
     rows: np.ndarray
 
     @property

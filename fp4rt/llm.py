@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fp4rt.batch import Batch
-from fp4rt.cache import Cache, bytes_per_page, pages_for
+from fp4rt.cache import Cache, bytes_per_page, bytes_per_slot, pages_for
 from fp4rt.checkpoint import Checkpoint, read_json
 from fp4rt.engine import Engine, Sequence
 from fp4rt.errors import Fp4rtError
@@ -121,20 +121,24 @@ def load(model: str | Path, *, device: str = "auto", arch: str | None = None, ma
 
 def _make_engine(ops: Ops, decoder: Any, room: int, must: bool) -> tuple[Engine, int]:
     """The cache and workspace that fit beside the weights: room for `room` tokens, or fewer unless they `must`."""
-    scratch = Cache(ops, decoder.memory, pages_for(1))
+    scratch = Cache(ops, decoder.memory, pages_for(1), 1)
     tokens = min(ops.step_tokens, room)
     rows = min(MAX_SEQUENCES, tokens)
     widest = Batch(*(np.zeros(n, np.int32) for n in (tokens, tokens)), np.arange(2, dtype=np.int32) * tokens,
-                   np.full(1, tokens, np.int32), np.zeros((1, pages_for(room)), np.int32), np.arange(rows, dtype=np.int32))
+                   np.full(1, tokens, np.int32), np.zeros((1, pages_for(room)), np.int32), np.zeros(1, np.int32),
+                   np.arange(rows, dtype=np.int32))
     workspace = ops.reserve(lambda: decoder(ops.batch(widest), scratch.layers))
     del scratch
     page_bytes, wanted, free = bytes_per_page(ops, decoder.memory), pages_for(room), ops.free_memory()
-    fits = wanted if free is None else min(wanted, free // page_bytes - 1)
+    slots = MAX_SEQUENCES
+    if free is not None:
+        free -= (slots + 1) * bytes_per_slot(ops, decoder.memory)
+    fits = wanted if free is None or not page_bytes else min(wanted, free // page_bytes - 1)
     if fits < (wanted if must else 1):
         raise Fp4rtError("memory", f"K/V for {wanted * 64} tokens takes {wanted * page_bytes / 1e6:.0f} MB and "
                          f"{(free or 0) / 1e6:.0f} MB are free beside weights and workspace; "
                          "ask for fewer with max_model_len")
-    return Engine(ops, decoder, Cache(ops, decoder.memory, fits), MAX_SEQUENCES), workspace
+    return Engine(ops, decoder, Cache(ops, decoder.memory, fits, slots), slots), workspace
 
 
 class LLM:
@@ -349,6 +353,8 @@ class Session:
         ids = self.llm.text.encode_chat(turn, **template_arguments)
         sequence = self.llm._sequence(ids, self.sampling)
         common = next((i for i, (a, b) in enumerate(zip(self.ids, ids)) if a != b), min(len(self.ids), len(ids)))
+        if not self.llm.engine.cache.rewindable:
+            common = 0  # a recurrent state has gone on past the reply's end and cannot come back
         sequence.remembered = self.reused_tokens = min(common, len(ids) - 1)
         sequence.keep_pages, sequence.pages = True, self.pages
         pieces: list[str] = []

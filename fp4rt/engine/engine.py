@@ -39,6 +39,7 @@ def make_batch(step: list[tuple[Sequence, int]], rows: list[int], size: int | No
     starts += range(starts[-1] + 1, starts[-1] + padded + 1)
     return Batch(*(np.array(values, np.int32) for values in (
         tokens + [0] * padded, positions + [0] * padded, starts, lengths + [1] * padded)), pages,
+        np.array([sequence.slot for sequence, _ in step] + [0] * padded, np.int32),
         np.array(rows + list(range(len(tokens), len(tokens) + padded)), np.int32))
 
 
@@ -181,7 +182,7 @@ class Engine:
         if pages_for(len(ids)) > self.cache.free_pages:
             raise Fp4rtError("memory", f"{len(ids)} tokens do not fit: {self.cache.free_pages} pages of K/V are free")
         pages = self.cache.take(pages_for(len(ids)))
-        sequence = Sequence(list(ids), None, 0, frozenset(), len(ids), pages=pages)
+        sequence = Sequence(list(ids), None, 0, frozenset(), len(ids), pages=pages, slot=self.cache.take_slot())
         chunk = min(self.ops.step_tokens, self.scheduler.max_sequences)
         parts = []
         try:
@@ -195,4 +196,5 @@ class Engine:
                 parts.append(part)
         finally:
             self.cache.give_back(pages)
+            self.cache.give_back_slot(sequence.slot)
         return np.concatenate(parts)

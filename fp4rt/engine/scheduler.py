@@ -39,6 +39,8 @@ class Scheduler:
             self.running.remove(sequence)
         if sequence in self.waiting:
             self.waiting.remove(sequence)
+        self.cache.give_back_slot(sequence.slot)
+        sequence.slot = 0
         if not sequence.keep_pages:
             self.cache.give_back(sequence.pages)
 
@@ -52,7 +54,8 @@ class Scheduler:
                 raise Fp4rtError("memory", f"{tokens} tokens do not fit the K/V cache of {self.cache.tokens} tokens")
             newest = self.running.pop()
             self.cache.give_back(newest.pages)
-            newest.remembered = 0
+            self.cache.give_back_slot(newest.slot)
+            newest.remembered = newest.slot = 0
             self.waiting.appendleft(newest)
             if newest is sequence:
                 return False
@@ -73,6 +76,7 @@ class Scheduler:
             if pages_for(len(head.ids)) - len(head.pages) > self.cache.free_pages and self.running:
                 break
             self.running.append(self.waiting.popleft())
+            head.slot = self.cache.take_slot()
             budget -= self._prefill(head, budget, step)
         return [(sequence, count) for sequence, count in step if sequence in self.running]
 

@@ -23,6 +23,7 @@ class Sequence:
     prompt_length: int = 0
     remembered: int = 0
     pages: list[int] = field(default_factory=list)
+    slot: int = 0               # where recurrent state lives while it runs
     keep_pages: bool = False    # a conversation's: what is remembered outlives the run
     finish_reason: str | None = None
 

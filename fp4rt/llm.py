@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from fp4rt.batch import Batch
-from fp4rt.cache import Cache, bytes_per_page, bytes_per_slot, pages_for
+from fp4rt.batch import PAGE_TOKENS, Batch
+from fp4rt.cache import Cache, Plan, Remembered, pages_for
 from fp4rt.checkpoint import Checkpoint, read_json
-from fp4rt.engine import Engine, Sequence
+from fp4rt.engine import LEASE, Engine, Sequence
 from fp4rt.errors import Fp4rtError
 from fp4rt.loading import Loader
 from fp4rt.models import load_model, read_config
@@ -121,24 +121,26 @@ def load(model: str | Path, *, device: str = "auto", arch: str | None = None, ma
 
 def _make_engine(ops: Ops, decoder: Any, room: int, must: bool) -> tuple[Engine, int]:
     """The cache and workspace that fit beside the weights: room for `room` tokens, or fewer unless they `must`."""
-    scratch = Cache(ops, decoder.memory, pages_for(1), 1)
-    tokens = min(ops.step_tokens, room)
-    rows = min(MAX_SEQUENCES, tokens)
+    plan, tokens = Plan(ops, decoder.memory), min(ops.step_tokens, room)
+    rows, groups = min(MAX_SEQUENCES, tokens), len(plan.windows)
+    scratch = Cache(plan, [1] * groups, 1)
     widest = Batch(*(np.zeros(n, np.int32) for n in (tokens, tokens)), np.arange(2, dtype=np.int32) * tokens,
-                   np.full(1, tokens, np.int32), np.zeros((1, pages_for(room)), np.int32), np.zeros(1, np.int32),
-                   np.arange(rows, dtype=np.int32))
+                   np.full(1, tokens, np.int32), np.zeros((groups, 1, pages_for(room)), np.int32),
+                   np.zeros(1, np.int32), np.arange(rows, dtype=np.int32))
     workspace = ops.reserve(lambda: decoder(ops.batch(widest), scratch.layers))
     del scratch
-    page_bytes, wanted, free = bytes_per_page(ops, decoder.memory), pages_for(room), ops.free_memory()
-    slots = MAX_SEQUENCES
-    if free is not None:
-        free -= (slots + 1) * bytes_per_slot(ops, decoder.memory)
-    fits = wanted if free is None or not page_bytes else min(wanted, free // page_bytes - 1)
-    if fits < (wanted if must else 1):
-        raise Fp4rtError("memory", f"K/V for {wanted * 64} tokens takes {wanted * page_bytes / 1e6:.0f} MB and "
-                         f"{(free or 0) / 1e6:.0f} MB are free beside weights and workspace; "
-                         "ask for fewer with max_model_len")
-    return Engine(ops, decoder, Cache(ops, decoder.memory, fits, slots), slots), workspace
+    free, step = ops.free_memory(), max(ops.step_tokens, LEASE)
+
+    def size(tokens: int) -> list[int]:
+        return plan.pages(tokens, step, MAX_SEQUENCES // 8)
+
+    fits = room
+    while free is not None and fits > 0 and plan.nbytes(size(fits), MAX_SEQUENCES) > free:
+        fits = (fits - 1) // PAGE_TOKENS * PAGE_TOKENS if not must else 0
+    if fits <= 0:
+        raise Fp4rtError("memory", f"remembering {room} tokens takes {plan.nbytes(size(room), MAX_SEQUENCES) / 1e6:.0f} MB "
+                         f"and {free / 1e6:.0f} MB are free beside weights and workspace; ask for fewer with max_model_len")
+    return Engine(ops, decoder, Cache(plan, size(fits), MAX_SEQUENCES), MAX_SEQUENCES), workspace
 
 
 class LLM:
@@ -273,11 +275,12 @@ class LLM:
                 yield sequence, token
 
     def _make_room(self, tokens: int, keep: list[Sequence] | None = None) -> None:
-        """Let conversations that are not running forget their keys and values where a call needs the room."""
-        held = pages_for(tokens) - sum(len(s.pages) for s in keep or [])
-        if held > self.engine.cache.free_pages:
+        """Let conversations that are not running forget what they hold where a call may need the room."""
+        own = [sequence.held for sequence in keep or []]
+        cache = self.engine.cache
+        if not cache.fits(cache.missing(own[0] if own else Remembered(), tokens)):
             for session in self._sessions:
-                if not any(session.pages is s.pages for s in keep or []):
+                if not any(session.held is held for held in own):
                     session.forget()
 
     @contextmanager
@@ -341,7 +344,7 @@ class Session:
     sampling: Sampling | None = None
     messages: list[Message] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
-    pages: list[int] = field(default_factory=list)
+    held: Remembered = field(default_factory=Remembered)
     reused_tokens: int = 0  # of the newest prompt, how many were remembered
 
     def __post_init__(self) -> None:
@@ -353,10 +356,12 @@ class Session:
         ids = self.llm.text.encode_chat(turn, **template_arguments)
         sequence = self.llm._sequence(ids, self.sampling)
         common = next((i for i, (a, b) in enumerate(zip(self.ids, ids)) if a != b), min(len(self.ids), len(ids)))
-        if not self.llm.engine.cache.rewindable:
-            common = 0  # a recurrent state has gone on past the reply's end and cannot come back
-        sequence.remembered = self.reused_tokens = min(common, len(ids) - 1)
-        sequence.keep_pages, sequence.pages = True, self.pages
+        common = min(common, len(ids) - 1)
+        if not self.llm.engine.cache.reaches_back(self.held, common):
+            self.forget()
+            common = 0
+        sequence.remembered = self.reused_tokens = common
+        sequence.keep, sequence.held = True, self.held
         pieces: list[str] = []
         try:
             for piece in self.llm._stream(sequence):
@@ -368,7 +373,7 @@ class Session:
 
     def forget(self) -> None:
         """Free the keys and values; the messages stay and are computed again when needed."""
-        self.llm.engine.cache.give_back(self.pages)
+        self.llm.engine.cache.give_back(self.held)
         self.ids = []
 
     def clear(self) -> None:

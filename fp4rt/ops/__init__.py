@@ -191,8 +191,11 @@ class Ops(Protocol):
     def mamba_state_bytes(self, shape: MambaShape) -> int:
         """Bytes of one slot."""
 
-    def kv_pages(self, shape: AttentionShape, num_pages: int) -> Handle:
-        """Room for the keys and values of one layer: each [num_pages, num_kv_heads, PAGE_TOKENS, head_dim]."""
+    def kv_pages(self, shape: AttentionShape, num_pages: int, group: int = 0) -> Handle:
+        """Room for the keys and values of one layer: each [num_pages, num_kv_heads, PAGE_TOKENS, head_dim].
+
+        group: which of the batch's page tables numbers them.
+        """
 
     def kv_page_bytes(self, shape: AttentionShape) -> int:
         """Bytes of one page of one layer, keys and values together."""

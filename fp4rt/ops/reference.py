@@ -177,10 +177,11 @@ class MambaState:
 
 @dataclass
 class Pages:
-    """Keys and values [num_pages, num_kv_heads, PAGE_TOKENS, head_dim] float32."""
+    """Keys and values [num_pages, num_kv_heads, PAGE_TOKENS, head_dim] float32; their page table is pages[group]."""
 
     keys: np.ndarray
     values: np.ndarray
+    group: int
 
     def read(self, pages: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
         """The first `length` keys and values of a sequence with these pages: [length, num_kv_heads, head_dim]."""
@@ -255,9 +256,9 @@ class ReferenceOps:
     def mamba_state_bytes(self, shape: MambaShape) -> int:
         return 4 * (shape.conv_width * (shape.conv_kernel - 1) + shape.inner * shape.state_size)
 
-    def kv_pages(self, shape: AttentionShape, num_pages: int) -> Pages:
+    def kv_pages(self, shape: AttentionShape, num_pages: int, group: int = 0) -> Pages:
         size = (num_pages, shape.num_kv_heads, PAGE_TOKENS, shape.head_dim)
-        return Pages(np.zeros(size, np.float32), np.zeros(size, np.float32))
+        return Pages(np.zeros(size, np.float32), np.zeros(size, np.float32), group)
 
     def kv_page_bytes(self, shape: AttentionShape) -> int:
         return 2 * shape.num_kv_heads * PAGE_TOKENS * shape.head_dim * 4
@@ -301,14 +302,15 @@ class ReferenceOps:
         if shape.shares is None:
             v = prepare(k if shape.values_are_keys else v, v_norm, rotated=False)
             k = prepare(k, k_norm, rotated=True)
+        table = batch.pages[pages.group]
         out = np.empty((len(qkv), heads * dim), np.float32)
         for s, length in enumerate(batch.lengths.tolist()):
             rows = slice(batch.starts[s], batch.starts[s + 1])
             where = batch.positions[rows]
             if shape.shares is None:
-                page, slot = batch.pages[s, where // PAGE_TOKENS], where % PAGE_TOKENS
+                page, slot = table[s, where // PAGE_TOKENS], where % PAGE_TOKENS
                 pages.keys[page, :, slot], pages.values[page, :, slot] = k[rows], v[rows]
-            keys, values = pages.read(batch.pages[s], length)
+            keys, values = pages.read(table[s], length)
             out[rows] = attend(q[rows], keys, values, int(where[0]), shape, sinks)
         return out
 

@@ -15,6 +15,10 @@ from fp4rt.formats.read import FLOATS, read_vector, read_weight
 from fp4rt.formats.weight import Weight
 
 
+# What gate, up and down are called where each expert is a module of its own; the second row is Mixtral's.
+SEPARATE = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+
+
 @dataclass(frozen=True)
 class ExpertShape:
     """num_experts times (up: [inner, hidden], with a gate of the same shape if gated; down: [hidden, inner]).
@@ -42,8 +46,9 @@ class ExpertShape:
 
 def read_experts(scope: Scope, shape: ExpertShape) -> tuple[list[list[Weight]], list[list[Weight]]]:
     """(up, down): for each expert its parts, gate before up. Raises Fp4rtError("checkpoint")."""
-    if scope.has("0.down_proj.weight") or scope.has("0.down_proj.weight_packed"):
-        return _separate(scope, shape)
+    for names in SEPARATE:
+        if _has_linear(scope.at("0"), names[-1]):
+            return _separate(scope, shape, names)
     stacked = "gate_up_proj" if shape.gated else "up_proj"
     if scope.has(f"{stacked}_blocks"):
         return tuple(_mxfp4(scope, name, rows, columns, shape) for name, rows, columns in _sizes(stacked, shape))
@@ -57,16 +62,20 @@ def _sizes(stacked: str, shape: ExpertShape) -> tuple[tuple[str, int, int], ...]
     return ((stacked, shape.inner * (2 if shape.gated else 1), shape.hidden), ("down_proj", shape.hidden, shape.inner))
 
 
-def _separate(scope: Scope, shape: ExpertShape) -> tuple[list[list[Weight]], list[list[Weight]]]:
-    if scope.has(f"{shape.num_experts}.down_proj.weight") or scope.has(f"{shape.num_experts}.down_proj.weight_packed"):
+def _has_linear(scope: Scope, name: str) -> bool:
+    return scope.has(f"{name}.weight") or scope.has(f"{name}.weight_packed")
+
+
+def _separate(scope: Scope, shape: ExpertShape, names: tuple[str, str, str]) -> tuple[list[list[Weight]], ...]:
+    *up_names, down_name = names if shape.gated else names[1:]
+    if _has_linear(scope.at(str(shape.num_experts)), down_name):
         raise Fp4rtError("checkpoint", f"{scope.checkpoint.path}: {scope.prefix} holds more experts than the "
                          f"{shape.num_experts} that config.json states")
-    names = ("gate_proj", "up_proj") if shape.gated else ("up_proj",)
     up, down = [], []
     for e in range(shape.num_experts):
         expert = scope.at(str(e))
-        up.append([read_weight(expert.at(name), shape.inner, shape.hidden, bias=shape.bias) for name in names])
-        down.append([read_weight(expert.at("down_proj"), shape.hidden, shape.inner, bias=shape.bias)])
+        up.append([read_weight(expert.at(name), shape.inner, shape.hidden, bias=shape.bias) for name in up_names])
+        down.append([read_weight(expert.at(down_name), shape.hidden, shape.inner, bias=shape.bias)])
     return up, down
 
 

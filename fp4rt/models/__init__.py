@@ -13,6 +13,7 @@ from fp4rt.loading import Loader
 
 # model_type -> the file that knows it.
 MODEL_TYPES = {"llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3_moe": "qwen3_moe",
+               "mixtral": "mixtral",
                "gemma4": "gemma4", "gemma4_text": "gemma4", "gemma4_unified": "gemma4", "gemma4_unified_text": "gemma4",
                "nemotron_h": "nemotron_h", "gpt_oss": "gpt_oss"}
 

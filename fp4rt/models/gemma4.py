@@ -39,6 +39,11 @@ class Sizes:
     moe_intermediate_size: int
 
 
+# How positions rotate where the config leaves it out.
+DEFAULT_ROPE = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "full_attention": {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25}}
+
+
 def _layer_kinds(config: Config, layers: int) -> list[str]:
     default = ["full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(layers)]
     kinds = config.get("layer_types", default)
@@ -53,9 +58,9 @@ def _attention(config: Config, layers: int, kinds: list[str]) -> tuple[Attention
     kv_heads = config.integer("num_key_value_heads", most=1 << 12)
     dim, window = config.integer("head_dim", 256, most=1024), config.integer("sliding_window", 512)
     keys_are_values = config.flag("attention_k_eq_v")
-    full_dim = config.integer("global_head_dim", dim, most=1024)
+    stated = config.section("per_layer_config")  # it replaces the two global_ keys in files of newer transformers
+    full_dim = config.integer("global_head_dim", dim if stated else 512, most=1024)
     full_kv = (config.integer("num_global_key_value_heads", None) if keys_are_values else None) or kv_heads
-    stated = config.section("per_layer_config")
     own = layers - config.integer("num_kv_shared_layers", 0, least=0, most=layers - 1)
     shapes = []
     for i, kind in enumerate(kinds):
@@ -248,8 +253,8 @@ def build(scope: Scope, source: Config, sizes: Sizes, load: Loader, max_position
         stated = text.section("rope_parameters")
         own = stated.section(kind) if stated else None
         ropes[kind[0] == "s"] = load.ops.rope_table(
-            *inverse_frequencies(Config({"rope_parameters": own.values if own else {}}, text.file, text.path),
-                                 first.head_dim), max_positions)
+            *inverse_frequencies(Config({"rope_parameters": own.values if own else DEFAULT_ROPE[kind]}, text.file,
+                                        text.path), first.head_dim), max_positions)
     head = scope.at("lm_head") if not sizes.tie_word_embeddings or scope.has("lm_head.weight") else None
     # A BF16 run of the original rounds this factor to BF16; here everything between weights is float32.
     embed_tokens, lm_head = load.embedding_and_head(body.at("embed_tokens"), head, sizes.vocab_size, sizes.hidden_size,

@@ -50,6 +50,11 @@ class Plan:
         return [min(pages_for(tokens), sequences * (pages_for((window or tokens) + step) + 1))
                 for window in self.windows]
 
+    def read_bytes(self, tokens: float) -> float:
+        """Bytes that a decode step of one sequence with `tokens` tokens of context reads and writes of its memory."""
+        paged = sum(min(tokens, window or tokens) * size for window, size in zip(self.windows, self.page_bytes))
+        return paged / PAGE_TOKENS + 2 * self.slot_bytes
+
     def nbytes(self, pages: Sequence[int], slots: int) -> int:
         """Bytes of a cache of this size, the entry that nobody owns included."""
         return sum((n + 1) * size for n, size in zip(pages, self.page_bytes)) + (slots + 1) * self.slot_bytes

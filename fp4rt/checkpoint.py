@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from fp4rt.errors import Fp4rtError
+from fp4rt.errors import Fp4rtError, shown
 
 MAX_HEADER_BYTES = 100 << 20  # the limit of the safetensors library itself
 MAX_JSON_BYTES = 64 << 20
+MAX_NAME = 255  # characters of a file's or tensor's name
+MAX_DIMENSIONS = 8
 
 # How each safetensors dtype is held in numpy: the bits, not the meaning, where numpy has no such number.
 STORAGE = {
@@ -98,18 +100,21 @@ def read_header(path: Path) -> dict[str, _Entry]:
     for name, info in header.items():
         if name == "__metadata__":
             continue
+        if not name.isprintable() or len(name) > MAX_NAME:
+            raise broken(f"a tensor is named {shown(name)}")
         if not isinstance(info, dict) or not {"dtype", "shape", "data_offsets"} <= info.keys():
             raise broken(f"tensor {name} lacks dtype, shape or data_offsets")
         dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
-        if dtype not in STORAGE:
-            raise Fp4rtError("checkpoint", f"{path}: tensor {name} has dtype {dtype!r}, which fp4rt does not read")
-        if not (isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)):
-            raise broken(f"tensor {name} has shape {shape!r}")
+        if not isinstance(dtype, str) or dtype not in STORAGE:
+            raise Fp4rtError("checkpoint", f"{path}: tensor {name} has dtype {shown(dtype)}, which fp4rt does not read")
+        if not (isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS
+                and all(type(n) is int and 0 <= n < 1 << 48 for n in shape)):
+            raise broken(f"tensor {name} has shape {shown(shape)}")
         if not (isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int for n in offsets)):
-            raise broken(f"tensor {name} has data_offsets {offsets!r}")
+            raise broken(f"tensor {name} has data_offsets {shown(offsets)}")
         begin, end = offsets
         if not 0 <= begin <= end <= size - start:
-            raise broken(f"tensor {name} lies at bytes {begin}:{end} of {size - start}")
+            raise broken(f"tensor {name} has data_offsets {shown(offsets)} in {size - start} bytes")
         if math.prod(shape) * STORAGE[dtype].itemsize != end - begin:
             raise broken(f"tensor {name} is {dtype} {shape} but occupies {end - begin} bytes")
         entries[name] = _Entry(path, dtype, tuple(shape), start + begin, start + end)
@@ -135,6 +140,7 @@ class Checkpoint:
         self._maps: dict[Path, mmap.mmap] = {}
         self._entries = self._read_entries()
         self._read: set[str] = set()
+        self.skipped: dict[str, str] = {}  # tensors that are not used, and why
 
     def _read_quantization(self) -> dict[str, Any]:
         """What the exporter says it did, from either place; used to refuse and to explain, never to decide a format."""
@@ -164,14 +170,17 @@ class Checkpoint:
         shards: dict[str, dict[str, _Entry]] = {}
         entries = {}
         for name, file in weight_map.items():
-            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-                raise Fp4rtError("checkpoint", f"{index}: {name} lies in {file!r}, which is not a safetensors file here")
+            if not (isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors")
+                    and len(file) <= MAX_NAME and file.isprintable()):
+                raise Fp4rtError("checkpoint", f"{index}: puts {shown(name)} into {shown(file)}, which is not a "
+                                               "safetensors file in this directory")
             if file not in shards:
                 if not (self.path / file).is_file():
                     raise Fp4rtError("checkpoint", f"{index}: names {file}, which is missing; download it")
                 shards[file] = read_header(self.path / file)
             if name not in shards[file]:
-                raise Fp4rtError("checkpoint", f"{self.path / file}: has no tensor {name}, which {index.name} puts there")
+                raise Fp4rtError("checkpoint", f"{self.path / file}: has no tensor {shown(name)}, which {index.name} "
+                                               "puts there")
             entries[name] = shards[file][name]
         return entries
 
@@ -184,6 +193,23 @@ class Checkpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape from the header, without reading it. Raises like `tensor`."""
         return self._entry(name).shape
+
+    def dtype(self, name: str) -> str:
+        """A tensor's dtype in the header's spelling. Raises like `tensor`."""
+        return self._entry(name).dtype
+
+    def bytes_of(self, name: str) -> int:
+        """A tensor's bytes in its file. Raises like `tensor`."""
+        entry = self._entry(name)
+        return entry.end - entry.begin
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(map(self.bytes_of, self._entries))
+
+    def files(self) -> set[Path]:
+        return {entry.file for entry in self._entries.values()}
 
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:
@@ -207,13 +233,13 @@ class Checkpoint:
             data = (raw if entry.begin % storage.itemsize == 0 else raw.copy()).view(storage).reshape(entry.shape)
         return Tensor(name, entry.dtype, entry.shape, data, entry.file.name)
 
-    def skip(self, name: str) -> None:
-        """Note that a tensor is deliberately not used."""
-        self._read.add(name)
+    def skip(self, name: str, reason: str) -> None:
+        """Note that a tensor is deliberately not used, and why."""
+        self.skipped[name] = reason
 
     def unread(self) -> list[str]:
         """The tensors that nothing asked for."""
-        return [name for name in self._entries if name not in self._read]
+        return [name for name in self._entries if name not in self._read and name not in self.skipped]
 
     def at(self, prefix: str) -> Scope:
         return Scope(self, prefix)

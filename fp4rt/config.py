@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fp4rt.errors import Fp4rtError
+from fp4rt.errors import Fp4rtError, shown
 
 _REQUIRED = object()
 
@@ -40,7 +40,7 @@ class Config:
         if value is default and default is not _REQUIRED:
             return value
         if type(value) is not int or not least <= value <= most:
-            raise self.refuse(key, f"is {value!r}", f"expected a whole number from {least} to {most}")
+            raise self.refuse(key, f"is {shown(value)}", f"expected a whole number from {least} to {most}")
         return value
 
     def number(self, key: str, default: Any = _REQUIRED, *, least: float = 0.0, most: float = 1e12) -> Any:
@@ -48,13 +48,13 @@ class Config:
         if value is default and default is not _REQUIRED:
             return value
         if type(value) not in (int, float) or not least <= value <= most:  # NaN fails the comparison
-            raise self.refuse(key, f"is {value!r}", f"expected a number from {least:g} to {most:g}")
+            raise self.refuse(key, f"is {shown(value)}", f"expected a number from {least:g} to {most:g}")
         return float(value)
 
     def flag(self, key: str, default: bool = False) -> bool:
         value = self.get(key, default)
         if type(value) is not bool:
-            raise self.refuse(key, f"is {value!r}", "expected true or false")
+            raise self.refuse(key, f"is {shown(value)}", "expected true or false")
         return value
 
     def section(self, key: str) -> Config | None:

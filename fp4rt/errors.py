@@ -1,6 +1,12 @@
 """The one exception that fp4rt raises on purpose: something a caller can read, act on and catch."""
 
 
+def shown(value: object) -> str:
+    """A stranger's value for a message: its repr, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 class Fp4rtError(Exception):
     """A problem with what fp4rt was given, told in one line: what it is about, what was found, what to do.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from fp4rt.checkpoint import Scope
 from fp4rt.config import Config
+from fp4rt.errors import shown
 from fp4rt.loading import Loader
 from fp4rt.ops import AttentionShape, Linear, MambaShape, Ops
 from fp4rt.rope import inverse_frequencies
@@ -44,7 +45,7 @@ class DecoderConfig:
     def read(config: Config, **differences: Any) -> DecoderConfig:
         """What all dense decoders spell alike; `differences` are the fields an architecture defines itself."""
         if config.get("hidden_act", "silu") not in ("silu", "swish"):
-            raise config.refuse("hidden_act", f"is {config.get('hidden_act')!r}", "this architecture uses silu")
+            raise config.refuse("hidden_act", f"is {shown(config.get('hidden_act'))}", "this architecture uses silu")
         heads = config.integer("num_attention_heads", most=1 << 16)
         kv_heads = config.integer("num_key_value_heads", heads, most=1 << 16)
         hidden = config.integer("hidden_size", most=1 << 20)

@@ -52,19 +52,21 @@ class Timing:
 
     started: float = 0.0
     first_token: float = 0.0
+    prefilled: float = 0.0  # when the last sequence drew its first token
     finished: float = 0.0
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    decoded_tokens: int = 0  # of those, after `prefilled`
 
     @property
     def prefill_rate(self) -> float:
-        return self.prompt_tokens / max(self.first_token - self.started, 1e-9)
+        """Prompt tokens per second, until every sequence has its first token."""
+        return self.prompt_tokens / max(self.prefilled - self.started, 1e-9)
 
     @property
     def decode_rate(self) -> float:
-        """Tokens per second after the first of each sequence; 0 where there was only one."""
-        later = self.generated_tokens - 1
-        return later / max(self.finished - self.first_token, 1e-9) if later > 0 else 0.0
+        """Tokens per second of all sequences together, once every one has its first; 0 where none came later."""
+        return self.decoded_tokens / max(self.finished - self.prefilled, 1e-9) if self.decoded_tokens else 0.0
 
 
 def parse_size(size: int | str | None) -> int | None:
@@ -105,8 +107,7 @@ def load(model: str | Path, *, device: str = "auto", arch: str | None = None, ma
     checkpoint = Checkpoint(resolve(str(model), revision=revision), scale_layout=scale_layout)
     _, sizes = read_config(checkpoint)
     longest = sizes.max_position_embeddings
-    if max_model_len is not None and not (isinstance(max_model_len, int) and 1 <= max_model_len <= longest):
-        raise Fp4rtError("request", f"max_model_len is {max_model_len!r}; this model takes 1 to {longest} tokens")
+    check_context(max_model_len, longest)
     room = max_model_len or min(longest, DEFAULT_CONTEXT)
     ops = make_ops(device, arch, budget, deterministic)
     try:
@@ -119,22 +120,43 @@ def load(model: str | Path, *, device: str = "auto", arch: str | None = None, ma
         raise
 
 
+def check_context(max_model_len: int | None, longest: int) -> None:
+    """Raises Fp4rtError("request") for a context that a model of `longest` tokens cannot have."""
+    if max_model_len is not None and not (isinstance(max_model_len, int) and 1 <= max_model_len <= longest):
+        raise Fp4rtError("request", f"max_model_len is {max_model_len!r}; this model takes 1 to {longest} tokens")
+
+
+def reserve_workspace(ops: Ops, decoder: Any, plan: Plan, room: int) -> int:
+    """Make a backend ready for the widest steps that contexts of `room` tokens can need: bytes."""
+    scratch = Cache(plan, [1] * len(plan.windows), 1)
+
+    def step(tokens: int, sequences: int, rows: int) -> Any:
+        zeros = np.zeros(tokens, np.int32)
+        starts = np.arange(sequences + 1, dtype=np.int32) * (tokens // sequences)
+        pages = np.zeros((len(plan.windows), sequences, pages_for(room)), np.int32)
+        return decoder(ops.batch(Batch(zeros, zeros, starts, zeros[:sequences] + room, pages, zeros[:sequences],
+                                       np.arange(rows, dtype=np.int32))), scratch.layers)
+
+    tokens = min(ops.step_tokens, room)
+    prefill = ops.reserve(lambda: step(tokens, 1, min(MAX_SEQUENCES, tokens)))
+    decode = ops.reserve(lambda: step(MAX_SEQUENCES, MAX_SEQUENCES, MAX_SEQUENCES))
+    return max(prefill, decode)
+
+
+def cache_pages(ops: Ops, plan: Plan, tokens: int) -> list[int]:
+    """Pages per group for `tokens` tokens in all; behind a window, for as many sequences as it pays to run together."""
+    return plan.pages(tokens, max(ops.step_tokens, LEASE), MAX_SEQUENCES // 8)
+
+
 def _make_engine(ops: Ops, decoder: Any, room: int, must: bool) -> tuple[Engine, int]:
     """The cache and workspace that fit beside the weights: room for `room` tokens, or fewer unless they `must`."""
-    plan, tokens = Plan(ops, decoder.memory), min(ops.step_tokens, room)
-    rows, groups = min(MAX_SEQUENCES, tokens), len(plan.windows)
-    scratch = Cache(plan, [1] * groups, 1)
-    widest = Batch(*(np.zeros(n, np.int32) for n in (tokens, tokens)), np.arange(2, dtype=np.int32) * tokens,
-                   np.full(1, tokens, np.int32), np.zeros((groups, 1, pages_for(room)), np.int32),
-                   np.zeros(1, np.int32), np.arange(rows, dtype=np.int32))
-    workspace = ops.reserve(lambda: decoder(ops.batch(widest), scratch.layers))
-    del scratch
-    free, step = ops.free_memory(), max(ops.step_tokens, LEASE)
+    plan = Plan(ops, decoder.memory)
+    workspace = reserve_workspace(ops, decoder, plan, room)
+    free, fits = ops.free_memory(), room
 
     def size(tokens: int) -> list[int]:
-        return plan.pages(tokens, step, MAX_SEQUENCES // 8)
+        return cache_pages(ops, plan, tokens)
 
-    fits = room
     while free is not None and fits > 0 and plan.nbytes(size(fits), MAX_SEQUENCES) > free:
         fits = (fits - 1) // PAGE_TOKENS * PAGE_TOKENS if not must else 0
     if fits <= 0:
@@ -151,7 +173,8 @@ class LLM:
         self.checkpoint, self.ops, self.engine = checkpoint, ops, engine
         self.max_model_len = min(room, engine.cache.tokens)
         self.load_seconds, self.workspace_bytes = load_seconds, workspace
-        self.weight_bytes = sum(one.linear.nbytes for one in loader.linears) + loader.other_bytes
+        self.step_bytes = loader.step_bytes
+        self.weight_bytes = loader.step_bytes + loader.embedding_bytes
         self.timing = Timing()
         path = checkpoint.path / "generation_config.json"
         self.generation_config = read_json(path) if path.is_file() else {}
@@ -272,6 +295,9 @@ class LLM:
                 timing.finished = time.perf_counter()
                 timing.first_token = timing.first_token or timing.finished
                 timing.generated_tokens += 1
+                timing.decoded_tokens += 1
+                if len(sequence.ids) == sequence.prompt_length + 1:
+                    timing.prefilled, timing.decoded_tokens = timing.finished, 0
                 yield sequence, token
 
     def _make_room(self, tokens: int, keep: list[Sequence] | None = None) -> None:

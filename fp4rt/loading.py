@@ -20,6 +20,7 @@ class Loaded:
     shape: tuple[int, int]  # rows of all parts, columns
     file_bytes: int
     linear: Linear
+    read: float = 1.0  # the share of it that one token reads: of experts, the chosen ones
 
 
 @dataclass
@@ -28,7 +29,8 @@ class Loader:
 
     ops: Ops
     linears: list[Loaded] = field(default_factory=list)
-    other_bytes: int = 0  # norms and an embedding of its own, as stored
+    norm_bytes: int = 0
+    embedding_bytes: int = 0  # of a token table that is not the head as well
 
     def linear(self, scope: Scope, parts: dict[str, int], in_features: int, *, bias: bool = False,
                gated: bool = False) -> Linear:
@@ -43,24 +45,24 @@ class Loader:
                                    sum(w.nbytes for w in weights), linear))
         return linear
 
-    def experts(self, scope: Scope, shape: ExpertShape) -> tuple[Linear, Linear]:
-        """The experts below `scope`: (gate and) up, and down."""
+    def experts(self, scope: Scope, shape: ExpertShape, top_k: int) -> tuple[Linear, Linear]:
+        """The experts below `scope`, of which a token takes top_k: (gate and) up, and down."""
         handles = []
         for experts, gated in zip(read_experts(scope, shape), (shape.gated, False)):
             handle = self.ops.expert_weight(experts, gated=gated)
             parts = [part for expert in experts for part in expert]
             self.linears.append(Loaded(tuple(p.name for p in parts), tuple(p.format for p in parts),
                                        (sum(p.shape[0] for p in parts), parts[0].shape[1]),
-                                       sum(p.nbytes for p in parts), handle))
+                                       sum(p.nbytes for p in parts), handle, top_k / shape.num_experts))
             handles.append(handle)
         return handles[0], handles[1]
 
     def vector(self, scope: Scope, suffix: str, size: int) -> Any:
-        self.other_bytes += 4 * size
+        self.norm_bytes += 4 * size
         return self.ops.vector(read_vector(scope, suffix, size))
 
     def norm(self, scope: Scope, name: str, size: int, eps: float) -> Any:
-        self.other_bytes += 4 * size
+        self.norm_bytes += 4 * size
         return self.ops.norm_weight(read_vector(scope, f"{name}.weight", size), eps)
 
     def embedding_and_head(self, embedding: Scope, head: Scope | None, vocab: int, hidden: int, *,
@@ -73,12 +75,17 @@ class Loader:
         if head is None:
             linear = self.stack([table])
             return self.ops.embedding_weight(table, tied_to=linear, scale=scale), linear
-        self.other_bytes += table.nbytes
+        self.embedding_bytes += table.nbytes
         return self.ops.embedding_weight(table, scale=scale), self.stack([read_weight(head, vocab, hidden)])
 
     def host_embedding(self, scope: Scope, vocab: int, width: int, scale: float) -> Any:
         """A table that stays in host memory: a row is read per token, and it may be larger than the model."""
         return self.ops.host_embedding_weight(read_weight(scope, vocab, width), scale)
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of weights that a decode step of one token reads; of the token table it reads a single row."""
+        return round(sum(one.linear.nbytes * one.read for one in self.linears)) + self.norm_bytes
 
     def report(self) -> list[str]:
         """One line per kind of weight: how many, how many bytes, which kernel runs it, and why that one."""

@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from fp4rt.config import Config
+from fp4rt.errors import shown
 
 DEFAULT_THETA = 10000.0
 
@@ -17,19 +18,20 @@ def inverse_frequencies(config: Config, head_dim: int) -> tuple[np.ndarray, floa
     Reads the config in either spelling: rope_theta with rope_scaling, or rope_parameters (transformers 5).
     """
     scaling = config.section("rope_parameters") or config.section("rope_scaling")
-    theta = (scaling.number("rope_theta", None) if scaling else None) or config.number("rope_theta", DEFAULT_THETA)
-    if theta <= 1:
-        raise config.refuse("rope_theta", f"is {theta}", "expected a number above 1")
+    theta = scaling.number("rope_theta", None, least=1.0001) if scaling else None
+    if theta is None:
+        theta = config.number("rope_theta", DEFAULT_THETA, least=1.0001)
     if head_dim % 2:
         raise config.refuse("head_dim", f"is {head_dim}", "rotary embeddings need an even size")
     base = (theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)).astype(np.float32)
     kind = (scaling.get("rope_type", None) or scaling.get("type", "default")) if scaling else "default"
-    rotated = scaling.number("partial_rotary_factor", 1.0, most=1.0) if scaling else 1.0
+    stated = [section.number("partial_rotary_factor", 1.0, most=1.0) for section in (config, scaling) if section]
+    rotated = min(stated)
     if kind == "proportional":
         live = int(rotated * head_dim // 2)  # the other dimensions stand still
         return np.where(np.arange(head_dim // 2) < live, base, 0) / np.float32(scaling.number("factor", 1.0, least=1e-6)), 1.0
     if rotated != 1.0:
-        raise scaling.refuse("partial_rotary_factor", "is not 1", "partial rotation is not supported for this model")
+        raise config.refuse("partial_rotary_factor", f"is {rotated}", "partial rotation is not supported for this model")
     if kind == "default":
         return base, 1.0
     if kind == "linear":
@@ -38,7 +40,7 @@ def inverse_frequencies(config: Config, head_dim: int) -> tuple[np.ndarray, floa
         return _llama3(scaling, config, base), 1.0
     if kind == "yarn":
         return _yarn(scaling, config, base, theta, head_dim)
-    raise scaling.refuse("rope_type", f"is {kind!r}", "fp4rt knows default, linear, llama3, proportional and yarn")
+    raise scaling.refuse("rope_type", f"is {shown(kind)}", "fp4rt knows default, linear, llama3, proportional and yarn")
 
 
 def _original_length(scaling: Config, config: Config) -> float:
@@ -64,7 +66,7 @@ def _yarn(scaling: Config, config: Config, base: np.ndarray, theta: float, dim: 
     def dimension(turns: float) -> float:
         return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-    low, high = dimension(scaling.number("beta_fast", 32.0)), dimension(scaling.number("beta_slow", 1.0))
+    low, high = dimension(scaling.number("beta_fast", 32.0, least=1e-6)), dimension(scaling.number("beta_slow", 1.0, least=1e-6))
     if scaling.flag("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)

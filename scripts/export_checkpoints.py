@@ -575,10 +575,10 @@ def write_reference(out: Path, recipe: Recipe, text: str, seed: int, outputs: di
         "logit_correlation_with_unquantized": float(np.corrcoef(logits.ravel(), original.ravel())[0, 1]),
         "largest_relative_weight_error": weight_error,
         "semantics": "float32 CPU HF forward, eager attention, exact dequantization of the files, "
-                     "pre_quant_scale applied to inputs of its linears, activations and KV not quantized, "
-                     "Mamba's dt without a lower bound; "
+                     "pre_quant_scale applied to inputs of its linears, activations and KV not quantized; "
                      "greedy = argmax, EOS ignored; hidden_last = HF's hidden_states (embedding first, the "
-                     "last row after the final norm)",
+                     "last row after the final norm)"
+                     + ("; Mamba's dt without a lower bound" if recipe.model_type == "nemotron_h" else ""),
         "seed": seed, "exporter": f"{recipe.tool} {version(recipe.tool)}", "versions": tools,
         "real": not recipe.imitated,
         **({"imitated_because": recipe.imitated} if recipe.imitated else {}),

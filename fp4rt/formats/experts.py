@@ -134,7 +134,7 @@ def _stacked(scope: Scope, name: str, rows: int, columns: int, shape: ExpertShap
         raise Fp4rtError("checkpoint", f"{scope.tensor(f'{name}_weight_scale_2')}: expected one positive scale, or "
                                        f"one for each of {experts} experts")
     if scope.has(f"{name}_input_scale"):
-        scope.checkpoint.skip(scope.name(f"{name}_input_scale"))
+        scope.checkpoint.skip(scope.name(f"{name}_input_scale"), "activations are not quantized here")
     globals_ = np.broadcast_to(globals_, experts)
     return [[Nvfp4(tensor.name, codes, block_scales, float(globals_[e]), bias) for codes, block_scales, bias in
              zip(_parts(shape, name, tensor.data[e].T), _parts(shape, name, scales.data[e].T), biases[e])]

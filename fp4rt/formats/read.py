@@ -14,8 +14,10 @@ from fp4rt.formats.weight import Weight
 
 FLOATS = ("BF16", "F16", "F32")
 
-# Activation scales of W4A4/W8A8 exports and K/V scales: real, but not used when activations stay 16 bit or wider.
-UNUSED = ("input_scale", "input_global_scale", "k_scale", "v_scale", "k_bias", "v_bias", "output_scale")
+# Of W4A4 and W8A8 exports, and of exports for FP8 caches: not used when activations, keys and values stay wider.
+_ACTIVATION, _CACHE = "activations are not quantized here", "keys and values are not quantized here"
+UNUSED = {"input_scale": _ACTIVATION, "input_global_scale": _ACTIVATION, "output_scale": _ACTIVATION,
+          "k_scale": _CACHE, "v_scale": _CACHE, "k_bias": _CACHE, "v_bias": _CACHE}
 
 
 def _refuse(tensor: Tensor | str, found: str, do: str = "the checkpoint is damaged or of an unknown layout") -> Fp4rtError:
@@ -119,9 +121,9 @@ def read_weight(scope: Scope, n: int, k: int, *, bias: bool = False) -> Weight:
     Raises Fp4rtError("checkpoint") where the tensors disagree. Codes are not searched for NaN here: that would read
     every byte twice, and a NaN weight cannot hide from the check on the logits.
     """
-    for suffix in UNUSED:
+    for suffix, reason in UNUSED.items():
         if scope.has(suffix):
-            scope.checkpoint.skip(scope.name(suffix))
+            scope.checkpoint.skip(scope.name(suffix), reason)
     bias_values = read_vector(scope, "bias", n) if bias else None
     pre_quant_scale = read_vector(scope, "pre_quant_scale", k) if scope.has("pre_quant_scale") else None
     if scope.has("svdquant_lora_a"):
@@ -140,7 +142,10 @@ def read_weight(scope: Scope, n: int, k: int, *, bias: bool = False) -> Weight:
         if scope.has("weight_scale_2"):
             global_scale = _scalar(scope, "weight_scale_2")
         elif scope.has("weight_global_scale"):
-            global_scale = float(np.float32(1) / np.float32(_scalar(scope, "weight_global_scale")))
+            divisor = _scalar(scope, "weight_global_scale")
+            if divisor < np.finfo(np.float32).tiny:
+                raise _refuse(scope.tensor("weight_global_scale"), f"is {divisor}, too small to divide by")
+            global_scale = float(np.float32(1) / np.float32(divisor))
         else:
             return _mxfp4(scope, tensor, n, k, extra)
         return Nvfp4(tensor.name, tensor.data, _block_scales(scope, "weight_scale", n, k), global_scale, **extra)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from fp4rt.checkpoint import Checkpoint, Scope
 from fp4rt.config import Config
-from fp4rt.errors import Fp4rtError
+from fp4rt.errors import Fp4rtError, shown
 from fp4rt.layers import Decoder, Progress
 from fp4rt.loading import Loader
 
@@ -26,8 +26,8 @@ class Architecture(Protocol):
     def build(self, scope: Scope, source: Config, sizes: Any, load: Loader, max_positions: int,
               progress: Progress) -> Decoder: ...
 
-    def skipped(self, name: str, sizes: Any) -> bool:
-        """Whether a tensor has no part in generating text (optional; a vision tower, say)."""
+    def skipped(self, name: str, sizes: Any) -> str | None:
+        """Why a tensor has no part in generating text; None if it has one (optional; for a vision tower, say)."""
 
 
 # Layouts that look like a supported one but mean something else.
@@ -42,7 +42,7 @@ def architecture(config: Config) -> Architecture:
     model_type = config.get("model_type")
     if model_type not in MODEL_TYPES:
         remote = " and needs code from the repository, which fp4rt does not run" if config.get("auto_map", None) else ""
-        raise config.refuse("model_type", f"is {model_type!r}{remote}", f"fp4rt runs {', '.join(MODEL_TYPES)}")
+        raise config.refuse("model_type", f"is {shown(model_type)}{remote}", f"fp4rt runs {', '.join(MODEL_TYPES)}")
     return import_module(f"fp4rt.models.{MODEL_TYPES[model_type]}")
 
 
@@ -68,12 +68,16 @@ def load_model(checkpoint: Checkpoint, load: Loader, max_positions: int,
     known = architecture(config)
     model = known.build(checkpoint.at(""), config, sizes, load, max_positions, progress)
     tied = getattr(sizes, "tie_word_embeddings", False)
-    skipped = getattr(known, "skipped", lambda name, sizes: False)
+    skipped = getattr(known, "skipped", lambda name, sizes: None)
     for name in checkpoint.unread():
-        # Old exports store the rotary table; K/V scales belong to an FP8 cache; a tied head is the embedding.
-        if name.endswith(("rotary_emb.inv_freq", "kv_scale", "k_scale", "v_scale")) or skipped(name, sizes) or \
-                (tied and name.startswith("lm_head.")):
-            checkpoint.skip(name)
+        if name.endswith("rotary_emb.inv_freq"):
+            checkpoint.skip(name, "an old export's rotary table, which follows from the config")
+        elif name.endswith(("kv_scale", "k_scale", "v_scale")):
+            checkpoint.skip(name, "keys and values are not quantized here")
+        elif tied and name.startswith("lm_head."):
+            checkpoint.skip(name, "the head is tied to the embedding")
+        elif reason := skipped(name, sizes):
+            checkpoint.skip(name, reason)
     if left := checkpoint.unread():
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         raise Fp4rtError("checkpoint", f"{checkpoint.path}: tensor {left[0]}{more} has no place in this "

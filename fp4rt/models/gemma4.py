@@ -56,7 +56,7 @@ def _layer_kinds(config: Config, layers: int) -> list[str]:
 def _attention(config: Config, layers: int, kinds: list[str]) -> tuple[AttentionShape, ...]:
     heads = config.integer("num_attention_heads", most=1 << 12)
     kv_heads = config.integer("num_key_value_heads", most=1 << 12)
-    dim, window = config.integer("head_dim", 256, most=1024), config.integer("sliding_window", 512)
+    dim, window = config.integer("head_dim", 256, most=1024), config.integer("sliding_window")
     keys_are_values = config.flag("attention_k_eq_v")
     stated = config.section("per_layer_config")  # it replaces the two global_ keys in files of newer transformers
     full_dim = config.integer("global_head_dim", dim if stated else 512, most=1024)
@@ -156,7 +156,7 @@ class MoE:
         at = next((scope.at(path) for path in ("moe.experts", "experts") if _holds_experts(scope.at(path))),
                   scope.at("experts"))
         self.gate_up_proj, self.down_proj = load.experts(
-            at, ExpertShape(experts, hidden, sizes.moe_intermediate_size))
+            at, ExpertShape(experts, hidden, sizes.moe_intermediate_size), sizes.routing.top_k)
 
     def __call__(self, h: Any) -> Any:
         choice = self.ops.route(h, self.router, self.routing, norm=self.router_norm, expert_scale=self.expert_scale)
@@ -267,14 +267,15 @@ def build(scope: Scope, source: Config, sizes: Sizes, load: Loader, max_position
                   per_layer)
 
 
-def skipped(name: str, sizes: Sizes) -> bool:
+def skipped(name: str, sizes: Sizes) -> str | None:
     """The other towers, and projections of layers that read another layer's keys and values."""
-    inside = name.removeprefix("model.")
-    if inside.startswith(OTHER_TOWERS):
-        return True
+    if name.removeprefix("model.").startswith(OTHER_TOWERS):
+        return "images and audio are not taken; this part of the model is left out"
     parts = name.split(".")
     if "layers" not in parts or not parts[parts.index("layers") + 1].isdigit():
-        return False
+        return None
     layer = int(parts[parts.index("layers") + 1])
     shares = layer < len(sizes.attention) and sizes.attention[layer].shares is not None
-    return shares and any(part in ("k_proj", "v_proj", "k_norm") for part in parts)
+    if shares and any(part in ("k_proj", "v_proj", "k_norm") for part in parts):
+        return "this layer reads an earlier layer's keys and values"
+    return None

@@ -52,7 +52,7 @@ class Experts:
         self.ops, self.routing = load.ops, sizes.routing
         self.router = load.linear(scope, {"router": sizes.routing.num_experts}, sizes.hidden_size, bias=True)
         self.gate_up_proj, self.down_proj = load.experts(scope.at("experts"), ExpertShape(
-            sizes.routing.num_experts, sizes.hidden_size, sizes.intermediate_size, interleaved=True, bias=True))
+            sizes.routing.num_experts, sizes.hidden_size, sizes.intermediate_size, interleaved=True, bias=True), sizes.routing.top_k)
 
     def __call__(self, h: Any, norm: Any) -> Any:
         choice = self.ops.route(h, self.router, self.routing, norm=norm)

@@ -171,7 +171,7 @@ class MoE:
         self.fc1_latent_proj = load.linear(scope, {"fc1_latent_proj": latent}, hidden) if latent else None
         self.fc2_latent_proj = load.linear(scope, {"fc2_latent_proj": hidden}, latent) if latent else None
         self.up_proj, self.down_proj = load.experts(scope.at("experts"), ExpertShape(
-            routing.num_experts, latent or hidden, sizes.moe_intermediate_size, gated=False))
+            routing.num_experts, latent or hidden, sizes.moe_intermediate_size, gated=False), routing.top_k)
         self.shared_experts = MLP(scope.at("shared_experts"), sizes, load, sizes.moe_shared_expert_intermediate_size)
 
     def __call__(self, h: Any, norm: Any, batch: Any, memory: None) -> Any:
@@ -217,6 +217,7 @@ def build(scope: Scope, source: Config, sizes: Sizes, load: Loader, max_position
     return Decoder(sizes, load.ops, memory, embed_tokens, layers, norm, lm_head, prefix=prefix)
 
 
-def skipped(name: str, sizes: Sizes) -> bool:
-    """Heads that predict several tokens ahead are not used."""
-    return name.startswith(("mtp.", "backbone.mtp.", "model.mtp."))
+def skipped(name: str, sizes: Sizes) -> str | None:
+    if name.startswith(("mtp.", "backbone.mtp.", "model.mtp.")):
+        return "heads that predict several tokens ahead are not used"
+    return None

@@ -2,6 +2,7 @@
 
 from fp4rt.layers import DecoderConfig, build_decoder
 from fp4rt.config import Config
+from fp4rt.errors import shown
 
 
 def windows(config: Config) -> tuple[int | None, ...]:
@@ -14,8 +15,9 @@ def windows(config: Config) -> tuple[int | None, ...]:
     if kinds is None:
         first = config.integer("max_window_layers", layers, least=0)
         kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
-    if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
-        raise config.refuse("layer_types", f"is {str(kinds)[:80]}",
+    known = ("sliding_attention", "full_attention")
+    if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in known for kind in kinds):
+        raise config.refuse("layer_types", f"is {shown(kinds)}",
                             f"expected {layers} of sliding_attention and full_attention")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 

@@ -46,7 +46,8 @@ class SparseMLP:
         self.ops, self.routing = load.ops, sizes.routing
         self.gate = load.linear(scope, {"gate": sizes.routing.num_experts}, sizes.hidden_size)
         self.gate_up_proj, self.down_proj = load.experts(
-            scope.at("experts"), ExpertShape(sizes.routing.num_experts, sizes.hidden_size, sizes.moe_intermediate_size))
+            scope.at("experts"), ExpertShape(sizes.routing.num_experts, sizes.hidden_size, sizes.moe_intermediate_size),
+            sizes.routing.top_k)
 
     def __call__(self, h: Any, norm: Any) -> Any:
         choice = self.ops.route(h, self.gate, self.routing, norm=norm)

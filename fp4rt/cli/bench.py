@@ -1,0 +1,107 @@
+"""`fp4rt bench MODEL`: tokens per second of prefill and decode, and decode's share of what memory allows."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fp4rt.cli._common import MODEL_OPTIONS, load, options
+from fp4rt.errors import Fp4rtError
+
+if TYPE_CHECKING:
+    from fp4rt.llm import LLM
+
+
+@click.command()
+@click.argument("model")
+@click.option("--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, help="Tokens of each prompt.")
+@click.option("--max-tokens", type=click.IntRange(2), default=128, show_default=True, help="Tokens generated for each.")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Prompts that run together.")
+@click.option("--repeat", type=click.IntRange(1), default=5, show_default=True, help="Runs after one that warms up.")
+@click.option("--json", "as_json", is_flag=True, help="Figures as JSON, in bytes, seconds and tokens per second.")
+@options(MODEL_OPTIONS)
+def command(model: str, prompt_tokens: int, max_tokens: int, batch: int, repeat: int, as_json: bool, quiet: bool,
+            device: str, arch: str | None, revision: str | None, max_model_len: int | None, **given: Any) -> None:
+    """Time random prompts of ids, greedy, past any end-of-text token.
+
+    Decode's share: bytes of weights, keys and values that a step must read, over the time it takes, over the read
+    bandwidth that this machine's memory shows in the same run.
+    """
+    from fp4rt.bandwidth import read_bandwidth
+    from fp4rt.source import resolve
+
+    path = resolve(model, revision=revision)
+    room = max_model_len or context_for(path, batch * -(-(prompt_tokens + max_tokens) // 64) * 64)
+    with load(str(path), quiet=quiet, device=device, arch=arch, max_model_len=room, **given) as llm:
+        if prompt_tokens + max_tokens > llm.max_model_len:
+            raise Fp4rtError("request", f"--prompt-tokens and --max-tokens are {prompt_tokens + max_tokens} together; "
+                             f"the context holds {llm.max_model_len}")
+        figures = measure(llm, prompt_tokens, max_tokens, batch, repeat, show=sys.stderr.isatty() and not quiet)
+        step = llm.step_bytes + batch * llm.engine.cache.plan.read_bytes(prompt_tokens + max_tokens / 2)
+        found = {"model": model, "device": llm.ops.device, "prompt_tokens": prompt_tokens, "max_tokens": max_tokens,
+                 "batch": batch, "repeat": repeat, "load_seconds": llm.load_seconds, **figures,
+                 "weight_bytes": llm.weight_bytes, "step_bytes": round(step), "peak_memory_bytes": peak_memory(llm)}
+    bandwidth = read_bandwidth(device, arch)  # only now: what it reads must not count as the model's memory
+    found |= {"read_bandwidth": bandwidth,
+              "decode_share": figures["decode"]["median"] / batch * step / bandwidth if bandwidth else None}
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    click.echo(f"{batch} x {prompt_tokens} prompt tokens, {max_tokens} generated each, {repeat} runs, {found['device']}")
+    for label, key, unit, digits in (("prefill", "prefill", "tokens/s", 1), ("decode", "decode", "tokens/s", 2),
+                                     ("first token", "first_token", "s", 4)):
+        spread = found[key]
+        click.echo(f"{label:12} {spread['median']:10.{digits}f} {unit} (median; {spread['min']:.{digits}f} to "
+                   f"{spread['max']:.{digits}f})")
+    click.echo(f"{'step reads':12} {step / 1e9:10.3f} GB")
+    if bandwidth:
+        click.echo(f"{'bandwidth':12} {bandwidth / 1e9:10.1f} GB/s measured; decode reaches {found['decode_share']:.3f}")
+    if found["peak_memory_bytes"] is not None:
+        click.echo(f"{'peak memory':12} {found['peak_memory_bytes'] / 1e9:10.3f} GB")
+    click.echo(f"{'load':12} {llm.load_seconds:10.2f} s")
+
+
+def context_for(path: Any, tokens: int) -> int:
+    """Room for this many tokens of all sequences together, as far as the model takes them."""
+    from fp4rt.checkpoint import Checkpoint
+    from fp4rt.models import read_config
+
+    return min(tokens, read_config(Checkpoint(path))[1].max_position_embeddings)
+
+
+def measure(llm: LLM, prompt_tokens: int, max_tokens: int, batch: int, repeat: int, show: bool) -> dict[str, dict]:
+    """Median, min and max of prefill and decode in tokens per second, and of the time to the first token in seconds."""
+    import numpy as np
+    from tqdm import tqdm
+
+    from fp4rt.sampling import Sampling
+
+    rng = np.random.default_rng(0)
+    sampling = Sampling(temperature=0, max_tokens=max_tokens, ignore_eos=True, repetition_penalty=1.0)
+    samples: dict[str, list[float]] = {"prefill": [], "decode": [], "first_token": []}
+    for run in tqdm(range(repeat + 1), desc="measuring", leave=False, disable=not show):
+        prompts = rng.integers(0, llm.engine.model.config.vocab_size, (batch, prompt_tokens)).tolist()
+        llm.generate(prompts, sampling)
+        if run > 0:
+            samples["prefill"].append(llm.timing.prefill_rate)
+            samples["decode"].append(llm.timing.decode_rate)
+            samples["first_token"].append(llm.timing.first_token - llm.timing.started)
+    return {name: {"median": statistics.median(values), "min": min(values), "max": max(values)}
+            for name, values in samples.items()}
+
+
+def peak_memory(llm: LLM) -> int | None:
+    """On a GPU, bytes taken from the driver at most (without its own context); else of the whole process."""
+    gpu = getattr(llm.ops, "gpu", None)
+    if gpu is not None:
+        return gpu.budget.peak
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024

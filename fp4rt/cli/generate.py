@@ -1,0 +1,52 @@
+"""`fp4rt generate MODEL [PROMPT]`: continue a text, or answer it with --chat."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from fp4rt.cli._common import MODEL_OPTIONS, SAMPLING_OPTIONS, figures, load, options, take_sampling
+from fp4rt.errors import Fp4rtError
+
+MAX_INPUT_BYTES = 64 << 20  # more text than any context holds
+
+
+@click.command()
+@click.argument("model")
+@click.argument("prompt", required=False)
+@click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
+@click.option("--system", metavar="TEXT", help="The system message, with --chat.")
+@options(SAMPLING_OPTIONS, MODEL_OPTIONS)
+def command(model: str, prompt: str | None, chat: bool, system: str | None, quiet: bool, **given: Any) -> None:
+    """Continue PROMPT and write the text to stdout.
+
+    PROMPT is read from stdin where it is - or absent; one line break at its end is not part of it. Sampling options
+    that are not given are as the model's generation_config.json says.
+    """
+    if system is not None and not chat:
+        raise click.UsageError("--system needs --chat")
+    if prompt is None and (sys.stdin is None or sys.stdin.isatty()):
+        raise click.UsageError("Missing argument 'PROMPT' (or give it on stdin).")
+    sampling = take_sampling(given)
+    text = read_input() if prompt in (None, "-") else prompt
+    with load(model, quiet=quiet, **given) as llm:
+        messages = [*([{"role": "system", "content": system}] if system is not None else []),
+                    {"role": "user", "content": text}]
+        for piece in llm.stream(llm.text.encode_chat(messages) if chat else text, sampling):
+            click.echo(piece, nl=False)
+        click.echo()
+        if not quiet:
+            click.echo(figures(llm), err=True)
+
+
+def read_input() -> str:
+    """All of stdin as text, without one line break at its end. Raises Fp4rtError for what is no text."""
+    data = sys.stdin.buffer.read(MAX_INPUT_BYTES + 1)
+    if len(data) > MAX_INPUT_BYTES:
+        raise Fp4rtError("request", f"stdin holds more than {MAX_INPUT_BYTES >> 20} MiB: too long for a prompt")
+    try:
+        return data.decode().removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise Fp4rtError("request", f"stdin is not UTF-8 text (byte {error.start})") from None

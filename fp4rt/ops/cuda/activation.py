@@ -1,0 +1,30 @@
+"""Activations between operations: fp16 times a power of two fixed when weights are loaded, so nothing overflows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import cupy
+
+
+@dataclass(frozen=True)
+class Activation:
+    """data fp16 [T, N]; the values are data * 2^exponent, and none can exceed `bound` in magnitude.
+
+    length: what the 2-norm of a row cannot exceed, where more is known than sqrt(N) * bound.
+    """
+
+    data: cupy.ndarray
+    exponent: int
+    bound: float
+    length: float | None = None
+
+    def row_length(self) -> float:
+        """An upper bound of every row's 2-norm."""
+        return self.bound * math.sqrt(self.data.shape[1]) if self.length is None else self.length
+
+
+def exponent_for(bound: float) -> int:
+    """The least power of two, from 1 up, that keeps values up to `bound` within 2^15 (half of what fp16 holds)."""
+    return max(0, math.ceil(math.log2(bound)) - 15) if bound > 0 else 0

@@ -1,0 +1,265 @@
+"""One GPU as fp4rt uses it: its architecture and limits, one stream, memory within a budget, kernels by name."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import Any
+
+import cupy
+import numpy as np
+from cupy.cuda import runtime
+from cupy.cuda.pinned_memory import PinnedMemory
+
+from fp4rt.errors import Fp4rtError
+from fp4rt.ops.cuda.compile import compile_kernel
+from fp4rt.ops.cuda.launch import Driver, Kernel
+from fp4rt.ops.cuda.memory import Arena, Budget
+
+# Shared memory that one block may use, bytes (CUDA C++ Programming Guide, specifications per compute capability).
+SHARED_LIMIT = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 227 << 10,
+                100: 227 << 10, 103: 227 << 10, 110: 227 << 10, 120: 99 << 10, 121: 99 << 10}
+
+_UPLOAD_THREADS = 4
+_PIECE = 4 << 20          # bytes copied at a time through one pinned buffer
+_RING = 1 << 20           # bytes of pinned memory for a step's own small copies
+
+
+class Device:
+    """The current CUDA device, seen as architecture `arch` ("sm_75" to "sm_90a"; None for its own).
+
+    An older `arch` runs that generation's code, compiled by the driver from its PTX, and keeps to that chip's shared
+    memory. gpu_memory: bytes that may be allocated, None for all. Use it as a context around everything that launches
+    or allocates: it makes its CUDA context current and restores the thread's own. One thread at a time.
+
+    arch, capability (10 * major + minor of `arch`), name, sm_count, shared_limit (bytes per block), has_pdl, stream.
+    """
+
+    def __init__(self, arch: str | None = None, gpu_memory: int | None = None):
+        try:
+            self.id = runtime.getDevice()
+            properties = runtime.getDeviceProperties(self.id)
+            self.driver = Driver()
+        except (runtime.CUDARuntimeError, OSError) as error:
+            raise Fp4rtError("device", f"no usable NVIDIA GPU: {error}; check the driver with nvidia-smi, or use "
+                                       "device='cpu'") from None
+        own = properties["major"] * 10 + properties["minor"]
+        self.name = properties["name"].decode()
+        self.arch, self.capability, self._code = _choose_arch(arch, own, self.name)
+        self.sm_count = properties["multiProcessorCount"]
+        self.shared_limit = min(SHARED_LIMIT.get(self.capability, 48 << 10), properties["sharedMemPerBlockOptin"])
+        self.has_pdl = self.capability >= 90
+        self.planning = False
+        runtime.free(0)  # creates the context
+        self._context = self.driver.current_context()
+        self._popped = ctypes.byref(ctypes.c_void_p())
+        self.stream = cupy.cuda.Stream(non_blocking=True)
+        self.budget = Budget(self.id, gpu_memory)
+        self.memory = Arena(self.budget, "the model", slabs=True)
+        self._scratch = Arena(self.budget, "one step's work")
+        self._modules: dict[tuple, Any] = {}
+        self._kernels: dict[tuple, Kernel] = {}
+        self._staging: _Staging | None = None
+        self._small = _SmallCopies(self)
+
+    def __enter__(self) -> Device:
+        self.driver.check(self.driver.push(self._context), "cuCtxPushCurrent")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.driver.check(self.driver.pop(self._popped), "cuCtxPopCurrent")
+
+    # -- Kernels --------------------------------------------------------------------------------------------------
+
+    def kernel(self, stem: str, entry: str, **defines: int) -> Kernel:
+        """The entry of kernels/<stem>.cu compiled with these constants; compiled and loaded at the first call."""
+        key = (stem, entry, *defines.items())
+        found = self._kernels.get(key)
+        if found is None:
+            found = self._kernels[key] = Kernel(self, self._module(stem, defines).get_function(entry), entry)
+        return found
+
+    def _module(self, stem: str, defines: dict[str, int]) -> Any:
+        key = (stem, *sorted(defines.items()))
+        if key not in self._modules:
+            module = cupy.cuda.function.Module()
+            try:
+                module.load(compile_kernel(stem, self._code, defines).data)
+            except cupy.cuda.driver.CUDADriverError as error:
+                raise Fp4rtError("device", f"{self.name} cannot load kernels/{stem}.cu for {self._code}: {error}; "
+                                           "update the NVIDIA driver") from None
+            self._modules[key] = module
+        return self._modules[key]
+
+    # -- Memory ---------------------------------------------------------------------------------------------------
+
+    def scratch(self, shape: int | Sequence[int], dtype: np.typing.DTypeLike) -> cupy.ndarray:
+        """Uninitialised memory within a step. A recorded step may overwrite it when it is repeated, so what outlives
+        a step (batches, samplers, drawn ids) belongs in `memory` instead."""
+        return self._scratch.array(shape, dtype)
+
+    def rehearse(self, step: Callable[[], object]) -> int:
+        """Run `step` without launching or copying anything: the scratch bytes it needs. Its kernels are then loaded."""
+        real, self._scratch, self.planning = self._scratch, Arena(self.budget, "rehearsal", virtual=True), True
+        try:
+            step()
+            return self._scratch.high_water
+        finally:
+            self._scratch, self.planning = real, False
+
+    def reserve(self, nbytes: int) -> None:
+        """Hold this much scratch memory, in one piece, instead of what loading used."""
+        self.stream.synchronize()
+        self._scratch.reserve(nbytes)
+
+    def zeros(self, shape: int | Sequence[int], dtype: np.typing.DTypeLike) -> cupy.ndarray:
+        """Zeroed memory that lasts."""
+        array = self.memory.array(shape, dtype)
+        runtime.memsetAsync(array.data.ptr, 0, array.nbytes, self.stream.ptr)
+        return array
+
+    # -- Copies ---------------------------------------------------------------------------------------------------
+
+    def upload(self, host: np.ndarray, into: cupy.ndarray | None = None) -> cupy.ndarray:
+        """Copy a host array (it may be a memory-mapped file) to `into` or to new memory that lasts.
+
+        Ordered on the stream; `host` has been read when this returns. Through pinned buffers, filled by several
+        threads, because a copy from pageable memory runs at a fraction of the link's speed.
+        """
+        host = np.ascontiguousarray(host)
+        if into is None:
+            into = self.memory.array(host.shape, host.dtype)
+        if host.nbytes and not self.planning:
+            if self._staging is None:
+                self._staging = _Staging(self)
+            self._staging.upload(host.reshape(-1).view(np.uint8), into.data.ptr)
+        return into
+
+    def put(self, host: np.ndarray, into: cupy.ndarray) -> None:
+        """Copy a step's small inputs: returns at once, ordered on the stream, `host` may change afterwards."""
+        if not self.planning:
+            self._small.put(np.ascontiguousarray(host), into.data.ptr)
+
+    def fetch(self, array: cupy.ndarray) -> Fetched:
+        """Start copying a contiguous array to the host."""
+        return Fetched(self, array)
+
+    def read(self, array: cupy.ndarray) -> np.ndarray:
+        """Copy to the host at once, in a rehearsal too (for what is known from loading)."""
+        host = np.empty(array.shape, array.dtype)
+        self.stream.synchronize()
+        runtime.memcpy(host.ctypes.data, array.data.ptr, array.nbytes, runtime.memcpyDeviceToHost)
+        return host
+
+    def close(self) -> None:
+        """Give back all memory; no array of this device may be used afterwards."""
+        with self:
+            self.stream.synchronize()
+            self._kernels.clear()
+            self._modules.clear()
+            if self._staging is not None:
+                self._staging.close()
+                self._staging = None
+            self._scratch.close()
+            self.memory.close()
+
+
+class Fetched:
+    """An array on its way to the host."""
+
+    def __init__(self, device: Device, array: cupy.ndarray):
+        self._device, self._shape, self._dtype = device, array.shape, array.dtype
+        self._pinned = PinnedMemory(max(array.nbytes, 1))
+        self._done = cupy.cuda.Event(disable_timing=True)
+        if not device.planning:
+            runtime.memcpyAsync(self._pinned.ptr, array.data.ptr, array.nbytes, runtime.memcpyDeviceToHost,
+                                device.stream.ptr)
+        self._done.record(device.stream)
+
+    def result(self) -> np.ndarray:
+        """Wait for the copy: an array of the host's own."""
+        with self._device:
+            self._done.synchronize()
+        count = int(np.prod(self._shape, dtype=np.int64))
+        return _view(self._pinned, count * self._dtype.itemsize).view(self._dtype).reshape(self._shape).copy()
+
+
+class _SmallCopies:
+    """A ring of pinned memory for a step's inputs; its halves are reused once the copies out of them are done."""
+
+    def __init__(self, device: Device):
+        self._device = device
+        self._pinned = PinnedMemory(_RING)
+        self._bytes = _view(self._pinned, _RING)
+        self._next = 0
+        self._done = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]
+
+    def put(self, host: np.ndarray, pointer: int) -> None:
+        source, half = host.reshape(-1).view(np.uint8), _RING // 2
+        for begin in range(0, len(source), half):
+            piece = source[begin:begin + half]
+            size = -(-len(piece) // 16) * 16
+            if self._next % half + size > half:
+                self._done[self._next // half].record(self._device.stream)
+                self._next = half if self._next < half else 0
+                self._done[self._next // half].synchronize()
+            self._bytes[self._next:self._next + len(piece)] = piece
+            runtime.memcpyAsync(pointer + begin, self._pinned.ptr + self._next, len(piece), runtime.memcpyHostToDevice,
+                                self._device.stream.ptr)
+            self._next += size
+            if self._next == _RING:
+                self._done[1].record(self._device.stream)
+                self._next = 0
+                self._done[0].synchronize()
+
+
+class _Staging:
+    """Pinned buffers and the threads that fill them from pageable memory."""
+
+    def __init__(self, device: Device):
+        self._device = device
+        self._pool = ThreadPoolExecutor(_UPLOAD_THREADS, "fp4rt-upload", initializer=runtime.setDevice,
+                                        initargs=(device.id,))
+        self._buffers: SimpleQueue[tuple[PinnedMemory, np.ndarray, cupy.cuda.Event]] = SimpleQueue()
+        for _ in range(2 * _UPLOAD_THREADS):
+            pinned = PinnedMemory(_PIECE)
+            self._buffers.put((pinned, _view(pinned, _PIECE), cupy.cuda.Event(disable_timing=True)))
+
+    def upload(self, source: np.ndarray, pointer: int) -> None:
+        pieces = [self._pool.submit(self._copy, source[begin:begin + _PIECE], pointer + begin)
+                  for begin in range(0, len(source), _PIECE)]
+        for piece in pieces:
+            piece.result()
+
+    def _copy(self, piece: np.ndarray, pointer: int) -> None:
+        pinned, view, done = buffer = self._buffers.get()
+        try:
+            done.synchronize()
+            np.copyto(view[:len(piece)], piece)
+            runtime.memcpyAsync(pointer, pinned.ptr, len(piece), runtime.memcpyHostToDevice, self._device.stream.ptr)
+            done.record(self._device.stream)
+        finally:
+            self._buffers.put(buffer)
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+
+def _view(pinned: PinnedMemory, nbytes: int) -> np.ndarray:
+    return np.frombuffer((ctypes.c_uint8 * max(nbytes, 1)).from_address(pinned.ptr), np.uint8)[:nbytes]
+
+
+def _choose_arch(arch: str | None, own: int, name: str) -> tuple[str, int, str]:
+    """(architecture, its capability, what to compile for): machine code for the card's own, PTX for an older one."""
+    if own < 75:
+        raise Fp4rtError("device", f"{name} has compute capability {own // 10}.{own % 10}; fp4rt needs 7.5 or newer")
+    native = "sm_90a" if own == 90 else f"sm_{own}"
+    if arch is None or arch == native:
+        return native, own, native
+    capability = int(arch.removeprefix("sm_").removesuffix("a"))
+    if capability > own or arch.endswith("a"):
+        raise Fp4rtError("device", f"{name} is {native} and cannot run code for {arch}; leave arch out, or name "
+                                   "an older one")
+    return arch, capability, f"compute_{capability}"

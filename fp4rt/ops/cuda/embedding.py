@@ -1,0 +1,65 @@
+"""The token table, and the rows of the residual stream whose logits are wanted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cupy
+import numpy as np
+
+from fp4rt.errors import Fp4rtError
+from fp4rt.formats import Dense, Weight
+from fp4rt.ops.cuda.dense_linear import DenseLayout
+from fp4rt.ops.cuda.device import Device
+from fp4rt.ops.cuda.linear import CudaLinear
+from fp4rt.ops.cuda.tiles import Packed
+
+_THREADS = 256
+_FORMATS = {"BF16": 0, "F16": 1, "F32": 2}  # enum Format in kernels/embedding.cu
+
+
+def variants(capability: int) -> list[tuple[str, dict[str, int], int]]:
+    """Every (stem, defines, dynamic shared bytes) that this module may launch on an architecture."""
+    return [("embedding", {}, 0)]
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """The table [V, d]: `data` as the checkpoint has it, in the kernel's `format`, or a tied head's tiles."""
+
+    width: int
+    data: cupy.ndarray | None
+    format: int
+    tied: Packed | None
+
+
+def embedding_weight(device: Device, weight: Weight, *, tied_to: CudaLinear | None = None) -> Embedding:
+    """Upload the table, or share the memory of the head made from the same tensor if it holds dense tiles."""
+    if tied_to is not None and len(tied_to.groups) == 1 and isinstance(tied_to.groups[0].layout, DenseLayout):
+        return Embedding(weight.shape[1], None, 0, tied_to.groups[0])
+    if not isinstance(weight, Dense):
+        raise Fp4rtError(
+            "checkpoint", f"{weight.name}: the CUDA backend reads token tables in BF16, F16 or F32, "
+            f"not {weight.format}; export the model with its embedding unquantized")
+    data = weight.data if weight.format == "F32" else weight.data.view(np.uint16)
+    return Embedding(weight.shape[1], device.upload(data), _FORMATS[weight.format], None)
+
+
+def embed(device: Device, tokens: cupy.ndarray, table: Embedding) -> cupy.ndarray:
+    """tokens int32 [T] -> residual float32 [T, d]."""
+    count, tied = tokens.shape[0], table.tied
+    out = device.scratch((count, table.width), np.float32)
+    if tied is None:
+        device.kernel("embedding", "embed")(count, _THREADS, tokens, table.data, out, table.width,
+                                            table.format)
+    else:
+        device.kernel("embedding", "embed_tiled")(count, _THREADS, tokens, tied.tiles, tied.row_scale, out,
+                                                  table.width, tied.layout.planes)
+    return out
+
+
+def gather_rows(device: Device, rows: cupy.ndarray, x: cupy.ndarray) -> cupy.ndarray:
+    """x float32 [T, d] at rows int32 [R] -> [R, d]."""
+    out = device.scratch((rows.shape[0], x.shape[1]), np.float32)
+    device.kernel("embedding", "gather_rows")(rows.shape[0], _THREADS, rows, x, out, x.shape[1], pdl=True)
+    return out

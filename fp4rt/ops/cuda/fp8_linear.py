@@ -1,0 +1,45 @@
+"""FP8 weights in the tiles of kernels/fp8_linear.cu."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fp4rt.formats import Fp8
+from fp4rt.ops.cuda.device import Device
+from fp4rt.ops.cuda.tiles import Layout, Place, panels
+
+
+class Fp8Layout(Layout):
+    """16 x 128 values in 2048 bytes; the kernel leaves 2^-8 to the row, and the scale where a row has only one."""
+
+    stem, tile_k = "fp8_linear", 128
+
+    def __init__(self, block_scales: bool):
+        self.defines = {"BLOCK_SCALES": int(block_scales)}
+        self.tile_bytes = 2112 if block_scales else 2048
+        self.reason = "FP8 codes are decoded in registers" + (", scales of 128 columns applied to sums" * block_scales)
+
+    def row_scales(self, part: Fp8) -> np.ndarray | float:
+        if self.defines["BLOCK_SCALES"]:
+            return 256.0
+        return np.repeat(part.scales[:, 0], part.block[0])[:part.shape[0]] * np.float32(256)
+
+    def repack(self, device: Device, part: Fp8, place: Place) -> None:
+        n, k = part.shape
+        kernel = device.kernel(self.stem, "repack", **self.few_defines(device.shared_limit))
+        scales = device.upload(part.scales, device.scratch(part.scales.shape, np.float32))
+        for rows in panels(n, k):
+            count = rows.stop - rows.start
+            codes = device.upload(part.codes[rows], device.scratch((count, k), np.uint8))
+            kernel(count, 128, codes, scales, place.tiles, rows.start, k, *part.block, part.scales.shape[1],
+                   place.first, place.gated_part, place.largest)
+
+
+FP8, FP8_BLOCKS = Fp8Layout(False), Fp8Layout(True)
+
+
+def fp8_layout(part: Fp8) -> Fp8Layout | None:
+    """The layout for this weight; None where blocks are not a multiple of 128 columns."""
+    if part.scales.shape[1] == 1:
+        return FP8
+    return FP8_BLOCKS if part.block[1] % 128 == 0 else None

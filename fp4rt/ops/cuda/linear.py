@@ -1,0 +1,248 @@
+"""Linears: which layout and kernel a weight gets, and the launches of one call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import cupy
+import numpy as np
+
+from fp4rt.errors import Fp4rtError
+from fp4rt.formats import Dense, Fp8, Nvfp4, Weight
+from fp4rt.ops.cuda.activation import Activation, exponent_for
+from fp4rt.ops.cuda.dense_linear import DENSE, DENSE_F32, dense_layout
+from fp4rt.ops.cuda.device import SHARED_LIMIT, Device
+from fp4rt.ops.cuda.fp8_linear import FP8, FP8_BLOCKS, fp8_layout
+from fp4rt.ops.cuda.nvfp4_linear import NVFP4
+from fp4rt.ops.cuda.tiles import FEW_TOKENS, Layout, Packed, pack, sum_bytes
+
+_STORE_HALF, _STORE_FLOAT, _ADD_FLOAT = range(3)  # enum Output in kernels/linear.cuh
+
+
+@dataclass(frozen=True)
+class ManyTokens:
+    """A variant of the many-token kernel: warps and mma tiles along rows and tokens; blocks that should share an SM.
+
+    alone, each: time of a block that has an SM to itself, and that each adds where several share it: measured on an
+    H100 with 28672 x 4096 and 4096 x 14336 NVFP4 weights (microseconds at 4096 columns; only ratios matter).
+    """
+
+    row_warps: int
+    row_tiles: int
+    token_warps: int
+    token_tiles: int
+    blocks: int
+    alone: float
+    each: float
+
+    @property
+    def rows(self) -> int:
+        return self.row_warps * self.row_tiles * 16
+
+    @property
+    def tokens(self) -> int:
+        return self.token_warps * self.token_tiles * 8
+
+    @property
+    def threads(self) -> int:
+        return self.row_warps * self.token_warps * 32
+
+    def stage_bytes(self, layout: Layout) -> int:
+        return self.rows // 16 * layout.tile_bytes + self.tokens * layout.tile_k * 2
+
+    def stages(self, layout: Layout, shared_limit: int) -> int:
+        """Buffers: up to four, two at least, so that `blocks` fit an SM; 0 where this variant does not run."""
+        fit = shared_limit // self.stage_bytes(layout)
+        return max(2, min(4, fit // self.blocks)) if fit >= 2 else 0
+
+    def defines(self, layout: Layout, shared_limit: int) -> dict[str, int]:
+        return {"MANY_ROW_WARPS": self.row_warps, "MANY_ROW_TILES": self.row_tiles,
+                "MANY_TOKEN_WARPS": self.token_warps, "MANY_TOKEN_TILES": self.token_tiles,
+                "MANY_STAGES": self.stages(layout, shared_limit), **layout.defines}
+
+    def runs(self, layout: Layout, shared_limit: int) -> bool:
+        """Whether shared memory and registers suffice: sums per scale block need a second set of accumulators."""
+        registers = self.row_tiles * self.token_tiles * (2 if layout.defines.get("BLOCK_SCALES") else 1)
+        return self.stages(layout, shared_limit) > 0 and registers <= 16
+
+
+MANY = (ManyTokens(8, 2, 1, 8, 1, 66, 68), ManyTokens(4, 4, 1, 4, 2, 46, 35), ManyTokens(4, 2, 1, 4, 3, 30, 19.5),
+        ManyTokens(4, 1, 1, 4, 4, 22, 18))
+LAYOUTS = (NVFP4, FP8, FP8_BLOCKS, DENSE, DENSE_F32)
+
+
+def variants(capability: int) -> list[tuple[str, dict[str, int], int]]:
+    """Every (stem, defines, dynamic shared bytes) that this module may launch on an architecture."""
+    limit = SHARED_LIMIT[capability]
+    found = [("scale_columns", {}, 0)]
+    for layout in LAYOUTS:
+        found.append((layout.stem, layout.few_defines(limit), _few_shared(layout, limit, FEW_TOKENS, 1 << 20)[1]))
+        found += [(layout.stem, many.defines(layout, limit), many.stages(layout, limit) * many.stage_bytes(layout))
+                  for many in MANY if many.runs(layout, limit)]
+    return found
+
+
+class CudaLinear:
+    """ops.Linear on the device: groups of parts that one launch computes, side by side in the output.
+
+    A gated pair of one layout is one group; of two layouts it is two groups and a product.
+    """
+
+    def __init__(self, groups: Sequence[Packed], gated: bool, reason: str):
+        self.groups, self.gated, self.reason = tuple(groups), gated, reason
+        rows = sum(group.features for group in groups)
+        self.split_gate = gated and len(groups) > 1
+        self.out_features = rows // 2 if self.split_gate else rows
+        self.in_features = groups[0].in_features
+        self.nbytes = sum(group.nbytes for group in groups)
+        self.kernel = "+".join(dict.fromkeys(group.layout.stem for group in groups))
+
+
+def choose_layout(part: Weight) -> tuple[Layout, str]:
+    """The layout for a weight and the reason, for reports too."""
+    if isinstance(part, Nvfp4):
+        return NVFP4, NVFP4.reason
+    if isinstance(part, Dense):
+        layout = dense_layout(part)
+        return layout, layout.reason
+    if isinstance(part, Fp8):
+        layout = fp8_layout(part)
+        if layout is not None:
+            return layout, layout.reason
+        return DENSE_F32, (f"FP8 blocks of {part.granularity} have no kernel of their own (multiples of 128 columns "
+                           f"do); {DENSE_F32.reason}")
+    raise Fp4rtError("checkpoint", f"{part.name}: the CUDA backend has no kernel for {part.format}")
+
+
+def linear_weight(device: Device, parts: Sequence[Weight], *, gated: bool = False) -> CudaLinear:
+    """Upload the parts of one linear; neighbours of one layout and one pre_quant_scale share a launch."""
+    chosen = [choose_layout(part) for part in parts]
+    groups: list[list[int]] = []
+    for index, part in enumerate(parts):
+        if groups and chosen[groups[-1][0]][0] is chosen[index][0] and _same(parts[groups[-1][0]].pre_quant_scale,
+                                                                            part.pre_quant_scale):
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    packed = []
+    for group in groups:
+        members = [_as_layout(parts[i], chosen[i][0]) for i in group]
+        packed.append(pack(device, members, chosen[group[0]][0], gated and len(group) == 2))
+    return CudaLinear(packed, gated, "; ".join(dict.fromkeys(reason for _, reason in chosen)))
+
+
+def linear(device: Device, x: Activation, weight: CudaLinear, *, activation: str | None = None,
+           residual: cupy.ndarray | None = None, logits: bool = False, deterministic: bool = False
+           ) -> Activation | cupy.ndarray:
+    """y = x @ W^T with its epilogue. residual float32 [T, N] is added to in place and returned; `logits`: float32."""
+    tokens = x.data.shape[0]
+    if activation is not None and (activation != "silu" or not weight.gated):
+        raise Fp4rtError("request", f"activation {activation!r} is not one that this linear can be given")
+    if residual is not None or logits:
+        out = residual if residual is not None else device.scratch((tokens, weight.out_features), np.float32)
+        for group, columns in _columns(weight, out):
+            _launch(device, x, group, columns, _ADD_FLOAT if residual is not None else _STORE_FLOAT, 0, deterministic)
+        return out
+    bounds = [bound for group in weight.groups for bound in group.bounds(x.row_length())]
+    bound = bounds[0] * bounds[1] if activation is not None else max(bounds)
+    exponent = exponent_for(bound)
+    if activation is not None and weight.split_gate:
+        inner = exponent_for(max(bounds))
+        both = device.scratch((tokens, 2 * weight.out_features), np.float16)
+        for group, columns in _columns(weight, both):
+            _launch(device, x, group, columns, _STORE_HALF, inner, deterministic)
+        out = device.scratch((tokens, weight.out_features), np.float16)
+        device.kernel("scale_columns", "silu_product")(tokens, 256, both, out, weight.out_features, 2.0**inner,
+                                                       2.0 ** (inner - exponent), pdl=True)
+    else:
+        out = device.scratch((tokens, weight.out_features), np.float16)
+        for group, columns in _columns(weight, out):
+            _launch(device, x, group, columns, _STORE_HALF, exponent, deterministic)
+    return Activation(out, exponent, bound)
+
+
+def _columns(weight: CudaLinear, out: cupy.ndarray) -> Iterator[tuple[Packed, cupy.ndarray]]:
+    """Each group with its columns of the output."""
+    start = 0
+    for group in weight.groups:
+        yield group, out if len(weight.groups) == 1 else out[:, start:start + group.features]
+        start += group.features
+
+
+def _launch(device: Device, x: Activation, group: Packed, out: cupy.ndarray, mode: int, exponent: int,
+            deterministic: bool) -> None:
+    """One group into its columns of `out` ([T, features] of a wider row)."""
+    if group.prescale is not None:
+        x = _prescaled(device, x, group)
+    tokens, k = x.data.shape
+    epilogue = (group.row_scale, group.bias, out.strides[0] // out.itemsize, group.features, mode, group.gated,
+                math.ldexp(1.0, x.exponent), math.ldexp(1.0, -exponent))
+    if tokens <= FEW_TOKENS:
+        _few(device, x.data, group, out, epilogue)
+        return
+    if deterministic:
+        for start in range(0, tokens, FEW_TOKENS):
+            _few(device, x.data[start:start + FEW_TOKENS], group, out[start:], epilogue)
+        return
+    many = _choose_many(group, tokens, device)
+    stages = many.stages(group.layout, device.shared_limit)
+    kernel = device.kernel(group.layout.stem, "many", **many.defines(group.layout, device.shared_limit))
+    grid = -(-tokens // many.tokens), -(-group.row_tiles // (many.rows // 16))
+    kernel(grid, many.threads, group.tiles, x.data, tokens, k, group.row_tiles, out, *epilogue,
+           shared=stages * many.stage_bytes(group.layout), pdl=True)
+
+
+def _few(device: Device, x: cupy.ndarray, group: Packed, out: cupy.ndarray, epilogue: tuple) -> None:
+    tokens, k = x.shape
+    defines = group.layout.few_defines(device.shared_limit)
+    resident, shared = _few_shared(group.layout, device.shared_limit, tokens, k)
+    # One block of 16 warps leaves an SM's other half to the kernel that follows; smaller ones share an SM. As many
+    # blocks as places: the places that an uneven number left free would go to two blocks of the kernel that follows.
+    slots = device.sm_count * (1 if defines["FEW_WARPS"] == 16 else min(2, max(1, device.shared_limit // shared)))
+    kernel = device.kernel(group.layout.stem, "few", **defines)
+    kernel(min(group.row_tiles, slots), defines["FEW_WARPS"] * 32, group.tiles, x, tokens, k, group.row_tiles, resident,
+           out, *epilogue, shared=shared, pdl=True)
+
+
+def _few_shared(layout: Layout, shared_limit: int, tokens: int, k: int) -> tuple[bool, int]:
+    """(whether the activations stay in shared memory, else they come with each tile; dynamic bytes of a block)."""
+    defines = layout.few_defines(shared_limit)
+    warps, depth = defines["FEW_WARPS"], defines["FEW_DEPTH"]
+    x_tile, sums = tokens * layout.tile_k * 2, sum_bytes(warps, tokens)
+    resident = warps * (depth * layout.tile_bytes + -(-k // (layout.tile_k * warps)) * x_tile) + sums
+    if resident <= shared_limit:
+        return True, resident
+    return False, warps * depth * (layout.tile_bytes + x_tile) + sums
+
+
+def _choose_many(group: Packed, tokens: int, device: Device) -> ManyTokens:
+    """The variant that is done first: whole waves of blocks over the chip, then what is left."""
+    def time(many: ManyTokens) -> float:
+        blocks = -(-tokens // many.tokens) * -(-group.row_tiles * 16 // many.rows)
+        waves, left = divmod(blocks, device.sm_count * many.blocks)
+        return waves * many.blocks * many.each + (max(many.alone, -(-left // device.sm_count) * many.each) if left else 0)
+
+    return min((many for many in MANY if many.runs(group.layout, device.shared_limit)), key=time)
+
+
+def _prescaled(device: Device, x: Activation, group: Packed) -> Activation:
+    bound = x.bound * group.largest_prescale
+    exponent = exponent_for(bound)
+    y = device.scratch(x.data.shape, np.float16)
+    device.kernel("scale_columns", "scale_columns")(
+        x.data.shape[0], 256, x.data, group.prescale, y, x.data.shape[1], math.ldexp(1.0, x.exponent - exponent),
+        pdl=True)
+    return Activation(y, exponent, bound)
+
+
+def _same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    return a is b or (a is not None and b is not None and np.array_equal(a, b))
+
+
+def _as_layout(part: Weight, layout: Layout) -> Weight:
+    """An FP8 weight that goes as float32 planes is handed over as what it will be."""
+    if isinstance(part, Fp8) and layout is DENSE_F32:
+        return Dense(part.name, "F32", part.dequantize(), part.bias, part.pre_quant_scale)
+    return part

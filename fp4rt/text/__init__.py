@@ -1,0 +1,140 @@
+"""Text to token ids and back, as a checkpoint's own tokenizer and chat template say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from fp4rt.checkpoint import read_json
+from fp4rt.errors import Fp4rtError
+from fp4rt.text.stream import StopStrings, TextStream, TokenBytes
+from fp4rt.text.template import ChatTemplate, find_template
+
+__all__ = ["StopStrings", "Text", "TextStream"]
+
+MAX_TOKENIZER_BYTES = 256 << 20
+
+
+class Text:
+    """The text side of a checkpoint directory.
+
+    stop_ids: ids that end a text: the union of what generation_config.json, config.json (its text_config too) and
+    tokenizer_config.json name. vocab_size: ids the tokenizer knows, which may be fewer or more than the model's.
+    Raises Fp4rtError("checkpoint") naming the file that is missing or wrong.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any]):
+        self.path = Path(path)
+        self._tokenizer = _read_tokenizer(self.path / "tokenizer.json")
+        self._config = self._read_optional("tokenizer_config.json")
+        self._bytes = TokenBytes(self._tokenizer, str(self.path / "tokenizer.json"))
+        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self.stop_ids = self._read_stop_ids(config)
+        self._template: ChatTemplate | None = None
+
+    # -- Text and ids -------------------------------------------------------------------------------------------
+
+    def encode(self, text: str, add_special: bool = True) -> list[int]:
+        """The ids of a text; with `add_special`, between the BOS or EOS that the tokenizer itself puts around it.
+
+        Raises Fp4rtError("request") for what is not Unicode text.
+        """
+        if not isinstance(text, str):
+            raise Fp4rtError("request", f"the prompt is a {type(text).__name__}; it must be text")
+        try:
+            text.encode()
+            return self._tokenizer.encode(text, add_special_tokens=add_special).ids
+        except UnicodeEncodeError as error:
+            raise Fp4rtError("request", f"the prompt is not valid Unicode text (a lone surrogate at character "
+                                        f"{error.start})") from None
+        except Exception as error:  # the library raises nothing more specific
+            raise Fp4rtError("checkpoint", f"{self.path}/tokenizer.json: cannot encode the prompt ({error})") from None
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """The text of ids: exactly the pieces that `stream` gives for them, joined."""
+        stream = self.stream(skip_special)
+        return "".join([stream.push(i) for i in ids]) + stream.finish()
+
+    def stream(self, skip_special: bool = True) -> TextStream:
+        """A decoder that is fed one id at a time."""
+        return TextStream(self._bytes, skip_special)
+
+    # -- Chat ---------------------------------------------------------------------------------------------------
+
+    def render_chat(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True,
+                    tools: list[dict[str, Any]] | None = None, **arguments: Any) -> str:
+        """The text of a conversation by the checkpoint's chat template.
+
+        messages: [{"role": ..., "content": ...}, ...]. tools: function descriptions as JSON schema. arguments: what
+        else this template looks at ("enable_thinking", ...). Raises Fp4rtError: "request" where the template refuses
+        the messages, "checkpoint" where there is no template, it is broken, or it exceeds its time or memory.
+        """
+        if not isinstance(messages, (list, tuple)) or not messages:
+            raise Fp4rtError("request", "messages must be a list with at least one message")
+        for index, message in enumerate(messages):
+            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+                raise Fp4rtError("request", f"messages[{index}] must be an object with a role and a content")
+            if not isinstance(message.get("content"), (str, list, type(None))):
+                kind = type(message["content"]).__name__
+                raise Fp4rtError("request", f"messages[{index}]: content is a {kind}; it must be text")
+        if self._template is None:
+            self._template = find_template(self.path, self._config)
+        special = {name: token for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+                   if (token := self._special(name)) is not None}
+        return self._template.render({**special, "messages": list(messages), "tools": tools, "documents": None,
+                                      "add_generation_prompt": add_generation_prompt, **arguments})
+
+    def encode_chat(self, messages: Sequence[dict[str, Any]], **arguments: Any) -> list[int]:
+        """The ids of `render_chat`, without adding special tokens: the template has written them already."""
+        return self.encode(self.render_chat(messages, **arguments), add_special=False)
+
+    # -- Files --------------------------------------------------------------------------------------------------
+
+    def _read_optional(self, name: str) -> dict[str, Any]:
+        return read_json(self.path / name) if (self.path / name).is_file() else {}
+
+    def _special(self, name: str) -> str | None:
+        """A special token's text, which tokenizer_config.json gives as a string or as {"content": string}."""
+        value = self._config.get(name)
+        value = value.get("content") if isinstance(value, dict) else value
+        if value is not None and not isinstance(value, str):
+            raise Fp4rtError("checkpoint", f"{self.path}/tokenizer_config.json: {name} is {value!r}; expected text")
+        return value
+
+    def _read_stop_ids(self, config: dict[str, Any]) -> frozenset[int]:
+        found: set[int] = set()
+        nested = config.get("text_config")
+        for file, source in (("generation_config.json", self._read_optional("generation_config.json")),
+                             ("config.json", config), ("config.json", nested if isinstance(nested, dict) else {})):
+            stated = source.get("eos_token_id")
+            for i in stated if isinstance(stated, list) else [] if stated is None else [stated]:
+                if type(i) is not int or i < 0:
+                    raise Fp4rtError("checkpoint", f"{self.path / file}: eos_token_id is {stated!r}; expected ids")
+                found.add(i)
+        eos = self._special("eos_token")
+        eos_id = self._tokenizer.token_to_id(eos) if eos else None
+        return frozenset(found if eos_id is None else {*found, eos_id})
+
+
+def _read_tokenizer(path: Path) -> Tokenizer:
+    """tokenizer.json, without the truncation and padding that a training script may have left in it."""
+    if not path.is_file():
+        raise Fp4rtError("checkpoint", f"{path.parent}: has no tokenizer.json; copy it from the original model, or "
+                                       "give token ids instead of text")
+    try:
+        if path.stat().st_size > MAX_TOKENIZER_BYTES:
+            raise Fp4rtError("checkpoint", f"{path}: {path.stat().st_size} bytes is too large for a tokenizer")
+        tokenizer = Tokenizer.from_buffer(path.read_bytes())
+    except OSError as error:
+        raise Fp4rtError("checkpoint", f"{path}: cannot be read ({error.strerror})") from None
+    except Fp4rtError:
+        raise
+    except Exception as error:  # the library raises nothing more specific
+        reason = " ".join(str(error).split())[:200]
+        raise Fp4rtError("checkpoint", f"{path}: not a tokenizer ({reason}); download it again") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer

@@ -1,0 +1,257 @@
+// Attention of many new tokens over pages: the K/V write, then flash attention (Dao et al. 2022, Dao 2023).
+#include "attention.cuh"
+
+// grid T, block 128: keys and values of every new token go to their pages. A token that no sequence owns gets
+// a zero output row instead, so that what follows in the layer stays finite.
+extern "C" __global__ void __launch_bounds__(128)
+    attention_write(const __half* __restrict__ qkv, __half* keys, __half* values,
+                    const int* __restrict__ positions, const int* __restrict__ starts,
+                    const int* __restrict__ pages, int sequences, int table_width, int heads, int kv_heads,
+                    const float* k_norm, float k_eps, const float2* rope, float value_scale,
+                    __half* __restrict__ out) {
+    wait_for_predecessor();
+    const int token = blockIdx.x, warp = threadIdx.x / 32;
+    if (token >= starts[sequences]) {
+        for (int i = threadIdx.x; i < heads * HALF_DIM; i += 128)
+            reinterpret_cast<unsigned*>(out + (size_t)token * heads * HEAD_DIM)[i] = 0;
+        return;
+    }
+    int low = 0, high = sequences;  // the last s with starts[s] <= token
+    while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        if (starts[middle] <= token) low = middle; else high = middle;
+    }
+    const Opening opening{nullptr, k_norm, 0, k_eps, rope, value_scale};
+    const int position = positions[token];
+    const int page = pages[(size_t)low * table_width + position / PAGE];
+    const __half* row = qkv + (size_t)token * (heads + 2 * kv_heads) * HEAD_DIM;
+    for (int i = warp; i < 2 * kv_heads; i += 4) {
+        const size_t target = head_in_page(page, kv_heads, i < kv_heads ? i : i - kv_heads, position % PAGE);
+        const __half* source = row + (size_t)(heads + i) * HEAD_DIM;
+        if (i < kv_heads) open_head(source, keys + target, k_norm, k_eps, opening, position);
+        else copy_head(source, values + target);
+    }
+}
+
+constexpr int FLASH_WARPS = HEAD_DIM > 128 ? 4 : 8;
+constexpr int FLASH_ROWS = 16 * FLASH_WARPS;         // a row: one query head of one token
+constexpr int FLASH_KEYS = HEAD_DIM > 160 ? 16 : HEAD_DIM > 128 ? 32 : 64;
+constexpr bool HELD = HEAD_DIM <= 160;  // whether registers hold the queries, too, or shared memory does
+constexpr int TILES_AT = HELD ? 0 : FLASH_ROWS;      // row of shared memory where the tiles begin
+#if __CUDA_ARCH__ >= 800
+constexpr int STAGES = 2;                            // the next tiles arrive while these are used
+#else
+constexpr int STAGES = 1;  // copies are not asynchronous, and shared memory is small
+#endif
+constexpr int STRIDE = HEAD_DIM + 8;  // odd multiples of 16 bytes: no bank conflicts for ldmatrix
+
+__device__ __forceinline__ void load_matrices(unsigned (&r)[4], const __half* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"((unsigned)__cvta_generic_to_shared(row)));
+}
+__device__ __forceinline__ void load_matrices_transposed(unsigned (&r)[4], const __half* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"((unsigned)__cvta_generic_to_shared(row)));
+}
+
+// FLASH_KEYS keys or values from `first` on into shared memory; rows from `length` on are zero.
+__device__ __forceinline__ void load_tile(__half* tile, const __half* store, const int* table, int kv_heads,
+                                          int kv_head, int first, int length) {
+    const __half* source = store + head_in_page(table[first / PAGE], kv_heads, kv_head, first % PAGE);
+    constexpr int PIECES = HEAD_DIM / 8;
+#pragma unroll
+    for (int i = threadIdx.x; i < FLASH_KEYS * PIECES; i += 32 * FLASH_WARPS) {
+        const int row = i / PIECES, column = i % PIECES * 8;
+        copy_async(tile + row * STRIDE + column, source + row * HEAD_DIM + column,
+                   first + row < length ? 16 : 0);
+    }
+}
+
+// grid (kv_heads, row tiles of all sequences at most), block 32 * FLASH_WARPS. A row's result does not depend
+// on the tile it falls into: key tiles start at multiples of FLASH_KEYS, and a tile that is masked for a row
+// changes nothing in it. skip_single: leave sequences with one new token to attention_decode.
+extern "C" __global__ void __launch_bounds__(32 * FLASH_WARPS, 1)
+    attention_prefill(const __half* __restrict__ qkv, const __half* __restrict__ keys,
+                      const __half* __restrict__ values, const int* __restrict__ positions,
+                      const int* __restrict__ starts, const int* __restrict__ lengths,
+                      const int* __restrict__ pages, int sequences, int table_width, int heads, int kv_heads,
+                      int skip_single, const float* q_norm, float q_eps, const float2* rope,
+                      float value_scale, float scale_log2, int window, __half* __restrict__ out) {
+    extern __shared__ __align__(16) __half shared[];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    wait_for_predecessor();
+
+    // The blockIdx.y-th row tile, from the last of the last sequence: those with many keys start first.
+    const int group = heads / kv_heads, kv_head = blockIdx.x;
+    int sequence = -1, tile = 0;
+    for (int base = 0, before = 0; base < sequences; base += 32) {
+        const int s = sequences - 1 - base - lane;
+        const int count = s < 0 ? 0 : starts[s + 1] - starts[s];
+        const int tiles = count == 1 && skip_single ? 0 : (count * group + FLASH_ROWS - 1) / FLASH_ROWS;
+        int sum = tiles;
+#pragma unroll
+        for (int offset = 1; offset < 32; offset *= 2) {
+            const int other = __shfl_up_sync(~0u, sum, offset);
+            if (lane >= offset) sum += other;
+        }
+        const int left = before + sum - 1 - (int)blockIdx.y;  // tiles of this sequence that come after ours
+        const unsigned found = __ballot_sync(~0u, left >= 0 && left < tiles);
+        if (found) {
+            const int owner = __ffs(found) - 1;
+            sequence = __shfl_sync(~0u, s, owner), tile = __shfl_sync(~0u, left, owner);
+            break;
+        }
+        before += __shfl_sync(~0u, sum, 31);
+    }
+    if (sequence < 0) return;
+
+    const int start = starts[sequence], rows = (starts[sequence + 1] - start) * group,
+              length = lengths[sequence];
+    const int first_position = length - rows / group, first_row = tile * FLASH_ROWS;
+    const int last_row = min(first_row + FLASH_ROWS, rows) - 1;
+    const int* table = pages + (size_t)sequence * table_width;
+    const int lowest = window ? max(0, first_position + first_row / group - window + 1) : 0;
+    const int first_key = lowest / FLASH_KEYS * FLASH_KEYS;
+    const int end_key = first_position + last_row / group + 1;
+
+    // Queries: opened into shared memory; if registers then hold them, their room is the tiles'.
+    const Opening opening{q_norm, nullptr, q_eps, 0, rope, value_scale};
+#pragma unroll 4
+    for (int i = 0; i < 16; i++) {
+        const int row = first_row + warp * 16 + i;
+        __half* target = shared + (warp * 16 + i) * STRIDE;
+        if (row < rows) {
+            const int token = start + row / group;
+            const __half* source =
+                qkv + ((size_t)token * (heads + 2 * kv_heads) + kv_head * group + row % group) * HEAD_DIM;
+            open_head(source, target, q_norm, q_eps, opening, positions[token]);
+        } else {
+            for (int j = lane; j < HALF_DIM; j += 32) reinterpret_cast<unsigned*>(target)[j] = 0;
+        }
+    }
+    __syncwarp();
+    const __half* my_queries = shared + (warp * 16 + lane % 16) * STRIDE + lane / 16 * 8;
+    unsigned q[HELD ? HEAD_DIM / 16 : 1][4];
+    if (HELD) {
+#pragma unroll
+        for (int k = 0; k < HEAD_DIM / 16; k++) load_matrices(q[k], my_queries + k * 16);
+        __syncthreads();
+    }
+
+    float o[HEAD_DIM / 8][4];
+#pragma unroll
+    for (int n = 0; n < HEAD_DIM / 8; n++) o[n][0] = o[n][1] = o[n][2] = o[n][3] = 0;
+    float largest[2] = {-INFINITY, -INFINITY};  // q.k before scale_log2, which is positive
+    float sums[2] = {0, 0};
+    int position[2];  // of this lane's two rows
+#pragma unroll
+    for (int i = 0; i < 2; i++) position[i] = first_position + (first_row + warp * 16 + g + 8 * i) / group;
+
+    auto tile_at = [&](int key, int kind) {  // kind: 0 for keys, 1 for values
+        return shared + (TILES_AT + (key / FLASH_KEYS % STAGES * 2 + kind) * FLASH_KEYS) * STRIDE;
+    };
+    auto load = [&](int key) {
+        load_tile(tile_at(key, 0), keys, table, kv_heads, kv_head, key, length);
+        load_tile(tile_at(key, 1), values, table, kv_heads, kv_head, key, length);
+        copy_commit();
+    };
+    if (STAGES == 2 && first_key < end_key) load(first_key);
+    for (int key = first_key; key < end_key; key += FLASH_KEYS) {
+        const __half *key_tile = tile_at(key, 0), *value_tile = tile_at(key, 1);
+        if (STAGES == 1) {
+            __syncthreads();
+            load(key);
+        }
+        copy_wait<0>();
+        __syncthreads();
+        if (STAGES == 2 && key + FLASH_KEYS < end_key) load(key + FLASH_KEYS);
+
+        float s[FLASH_KEYS / 8][4];
+#pragma unroll
+        for (int n = 0; n < FLASH_KEYS / 8; n++) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0;
+#pragma unroll
+        for (int k = 0; k < HEAD_DIM / 16; k++) {
+            unsigned(&a)[4] = q[HELD ? k : 0];
+            if (!HELD) load_matrices(a, my_queries + k * 16);
+#pragma unroll
+            for (int n = 0; n < FLASH_KEYS / 16; n++) {
+                unsigned b[4];
+                load_matrices(
+                    b, key_tile + (n * 16 + lane / 16 * 8 + lane % 8) * STRIDE + k * 16 + lane / 8 % 2 * 8);
+                mma(s[2 * n], a, b[0], b[1]);
+                mma(s[2 * n + 1], a, b[2], b[3]);
+            }
+        }
+
+        if (key + FLASH_KEYS > first_position + first_row / group + 1 ||
+            (window && key <= end_key - 1 - window)) {
+#pragma unroll
+            for (int n = 0; n < FLASH_KEYS / 8; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const int k = key + n * 8 + 2 * t + i % 2;
+                    if (k > position[i / 2] || (window && k <= position[i / 2] - window)) s[n][i] = -INFINITY;
+                }
+        }
+        float m[2] = {largest[0], largest[1]}, shrink[2], offset[2];
+#pragma unroll
+        for (int n = 0; n < FLASH_KEYS / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) m[i / 2] = fmaxf(m[i / 2], s[n][i]);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            m[i] = fmaxf(m[i], __shfl_xor_sync(~0u, m[i], 1));
+            m[i] = fmaxf(m[i], __shfl_xor_sync(~0u, m[i], 2));
+            const float reference = m[i] == -INFINITY ? 0 : m[i];  // a row may see no key of the first tiles
+            offset[i] = reference * scale_log2;
+            shrink[i] = power_of_two((largest[i] - reference) * scale_log2);  // 1 where the largest stays
+            largest[i] = m[i];
+            sums[i] *= shrink[i];
+        }
+#pragma unroll
+        for (int n = 0; n < FLASH_KEYS / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                s[n][i] = power_of_two(s[n][i] * scale_log2 - offset[i / 2]);
+                sums[i / 2] += s[n][i];
+            }
+#pragma unroll
+        for (int n = 0; n < HEAD_DIM / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) o[n][i] *= shrink[i / 2];
+
+#pragma unroll
+        for (int k = 0; k < FLASH_KEYS / 16; k++) {
+            unsigned p[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                p[i] =
+                    as_bits(__floats2half2_rn(s[2 * k + i / 2][i % 2 * 2], s[2 * k + i / 2][i % 2 * 2 + 1]));
+#pragma unroll
+            for (int n = 0; n < HEAD_DIM / 16; n++) {
+                unsigned b[4];
+                load_matrices_transposed(b,
+                                         value_tile + (k * 16 + lane % 16) * STRIDE + n * 16 + lane / 16 * 8);
+                mma(o[2 * n], p, b[0], b[1]);
+                mma(o[2 * n + 1], p, b[2], b[3]);
+            }
+        }
+    }
+
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        sums[i] += __shfl_xor_sync(~0u, sums[i], 1);
+        sums[i] += __shfl_xor_sync(~0u, sums[i], 2);
+        const int row = first_row + warp * 16 + g + 8 * i;
+        if (row >= rows) continue;
+        const float inverse = sums[i] > 0 ? 1 / sums[i] : 0;
+        __half* target =
+            out + ((size_t)(start + row / group) * heads + kv_head * group + row % group) * HEAD_DIM;
+#pragma unroll
+        for (int n = 0; n < HEAD_DIM / 8; n++)
+            *reinterpret_cast<__half2*>(target + n * 8 + 2 * t) =
+                __floats2half2_rn(o[n][2 * i] * inverse, o[n][2 * i + 1] * inverse);
+    }
+}

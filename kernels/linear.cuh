@@ -1,0 +1,372 @@
+// The two linear kernels that all weight formats share: y = x W^T on tensor cores, weights decoded in registers.
+//
+// Weights are the A operand. They lie as tiles of 16 rows x Tile::K columns, row tile by row tile, each Tile::BYTES
+// contiguous bytes made by the format's `repack`. Within a step of 32 columns, lane 4 * g + t owns 8 of rows g and g+8:
+// two mma of 16 columns, whose order of k is free as long as the activations follow it. Tile provides
+//   Raw                           one lane's share of a tile
+//   load(raw, tile, lane)         reads it from shared memory
+//   load_pair(raw, tile, lane, p) reads what steps 2p and 2p+1 need of it
+//   decode<plane>(raw, step, a)   the A fragments of the two mma of a step; a weight is the sum of PLANES planes
+//   BLOCK_SCALED, row_scale(raw)  whether float32 scales of rows g and g+8 apply to this tile's sum
+//   position(c)                   where the 16-byte chunk c of a token's Tile::K activations lies in shared memory, so
+//                                 that lane t finds those of its step at chunk 4 * step + t
+//
+// A gated pair alternates 8 gate rows and 8 up rows, so that d[0..1] and d[2..3] of an accumulator belong together.
+#include "mma.cuh"
+
+enum Output { STORE_HALF = 0, STORE_FLOAT = 1, ADD_FLOAT = 2 };
+
+struct Epilogue {
+    void* out;               // [T, stride] half or float
+    const float* row_scale;  // of packed rows: what the format leaves to the end
+    const float* bias;       // of packed rows, or null
+    int stride;              // elements between tokens
+    int features;            // output columns (of the product for a gated pair)
+    int mode;                // Output
+    int gated;
+    float in_factor;         // 2^exponent of x
+    float out_factor;        // 2^-exponent of y
+};
+
+__device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
+
+__device__ __forceinline__ void store(const Epilogue& e, int token, int column, float value, float before) {
+    size_t at = (size_t)token * e.stride + column;
+    value *= e.out_factor;
+    if (e.mode == STORE_HALF) reinterpret_cast<__half*>(e.out)[at] = __float2half_rn(value);
+    else reinterpret_cast<float*>(e.out)[at] = before + value;
+}
+
+// Swizzle of activations in shared memory: neighbouring tokens use different halves of the banks.
+template <class Tile> __device__ __forceinline__ int chunk_at(int token, int chunk) {
+    return token * (Tile::K / 8) + (chunk ^ ((token & 1) << 2));
+}
+
+// 8 activations (from column k of a row of K) to shared memory as 16 bytes, zero past the end. `aligned`: K % 8 == 0.
+__device__ __forceinline__ void stage_chunk(uint4* shared, const __half* row, int k, int K, bool valid, bool aligned) {
+    if (aligned) {
+        valid = valid && k < K;
+        copy_async(shared, valid ? row + k : row, valid ? 16 : 0);
+    } else {
+        __half values[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) values[i] = valid && k + i < K ? row[k + i] : __float2half_rn(0.0f);
+        *shared = *reinterpret_cast<uint4*>(values);
+    }
+}
+
+template <class Tile, int N>
+__device__ __forceinline__ void multiply(float (&acc)[N][4], const typename Tile::Raw& raw, int step,
+                                         const uint4 (&b)[N]) {
+    unsigned a[2][4];
+    if constexpr (Tile::BLOCK_SCALED) {
+        float part[N][4] = {};
+        Tile::template decode<0>(raw, step, a);
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            mma(part[n], a[0], b[n].x, b[n].y);
+            mma(part[n], a[1], b[n].z, b[n].w);
+        }
+        float2 s = Tile::row_scale(raw);
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            acc[n][0] += part[n][0] * s.x; acc[n][1] += part[n][1] * s.x;
+            acc[n][2] += part[n][2] * s.y; acc[n][3] += part[n][3] * s.y;
+        }
+    } else {
+        Tile::template decode<0>(raw, step, a);
+#pragma unroll
+        for (int n = 0; n < N; n++) mma(acc[n], a[0], b[n].x, b[n].y);
+#pragma unroll
+        for (int n = 0; n < N; n++) mma(acc[n], a[1], b[n].z, b[n].w);
+        if constexpr (Tile::PLANES == 2) {
+            Tile::template decode<1>(raw, step, a);
+#pragma unroll
+            for (int n = 0; n < N; n++) mma(acc[n], a[0], b[n].x, b[n].y);
+#pragma unroll
+            for (int n = 0; n < N; n++) mma(acc[n], a[1], b[n].z, b[n].w);
+        }
+    }
+}
+
+// -- Few tokens ---------------------------------------------------------------------------------------------------
+//
+// A block takes row tiles blockIdx.x, blockIdx.x + gridDim.x, ...; its warps split the columns (tile kt belongs to warp
+// kt % WARPS) and their sums are added in warp order, so a token's result depends neither on the number of tokens nor
+// on the grid. Each warp has a ring of DEPTH slots in shared memory and keeps weights on the way, across row tiles,
+// while it computes; the first ones before the predecessor is done. The warp's own columns of the activations are
+// fetched once; where shared memory is too small for them (not RESIDENT) they come through the ring with the weights.
+//
+// Dynamic shared memory: rings [WARPS][DEPTH][slot]; resident activations [WARPS][tiles of a warp][tokens][Tile::K]
+// halves; sums [2][WARPS][tokens][SUM_STRIDE] floats.
+
+constexpr int SUM_STRIDE = 20;  // floats between columns of 16 rows: conflict-free for the accumulators' layout
+
+template <class Tile, int WARPS, int DEPTH, bool RESIDENT>
+__device__ __forceinline__ void few_tokens(const unsigned char* weights, const __half* x, int tokens, int K,
+                                           int row_tiles, const Epilogue& e) {
+    extern __shared__ uint4 shared[];
+    constexpr int CHUNKS = Tile::K / 8, STEPS = Tile::K / 32, TILE = Tile::BYTES / 16;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int k_tiles = (K + Tile::K - 1) / Tile::K, most = (k_tiles + WARPS - 1) / WARPS;
+    const int mine = max(0, (k_tiles - warp + WARPS - 1) / WARPS), x_tile = tokens * CHUNKS;
+    const int slot_size = RESIDENT ? TILE : TILE + x_tile;
+    const bool aligned = K % 8 == 0;
+    uint4* const ring = shared + warp * DEPTH * slot_size;
+    uint4* const own_x = shared + WARPS * DEPTH * slot_size + (RESIDENT ? warp * most * x_tile : 0);
+    float* const sums = reinterpret_cast<float*>(own_x + (RESIDENT ? (WARPS - warp) * most * x_tile : 0));
+
+    auto fetch_x = [&](uint4* to, int i) {  // the activations of this warp's i-th tile
+        const int k = (warp + i * WARPS) * Tile::K + lane % CHUNKS * 8, c = Tile::position(lane % CHUNKS);
+        for (int token = lane / CHUNKS; token < tokens; token += 32 / CHUNKS)
+            stage_chunk(to + chunk_at<Tile>(token, c), x + (size_t)token * K, k, K, true, aligned);
+    };
+    // What is fetched next: this lane's part of the tile, its number in the row, how many there are; and where to.
+    const unsigned char* tile = weights + ((size_t)blockIdx.x * k_tiles + warp) * Tile::BYTES + lane * 16;
+    const size_t to_next_row = ((size_t)gridDim.x * k_tiles - (size_t)mine * WARPS) * Tile::BYTES;
+    int number = 0, left = blockIdx.x < row_tiles ? mine * ((row_tiles - 1 - blockIdx.x) / gridDim.x + 1) : 0;
+    uint4* const ring_end = ring + DEPTH * slot_size;
+    uint4* fill = ring;
+    auto fetch = [&]() {
+        if (left > 0) {
+#pragma unroll
+            for (int i = 0; i < TILE; i += 32)
+                if (i + 32 <= TILE || lane < TILE - i) copy_async(fill + i + lane, tile + i * 16, 16);
+            if constexpr (!RESIDENT) fetch_x(fill + TILE, number);
+            left--;
+            tile += WARPS * Tile::BYTES;
+            if (++number == mine) number = 0, tile += to_next_row;
+            fill += slot_size;
+            if (fill == ring_end) fill = ring;
+        }
+        copy_commit();
+    };
+
+    dependents_may_start();
+    if constexpr (RESIDENT)
+        for (int d = 0; d < DEPTH; d++) fetch();
+    wait_for_predecessor();
+    if constexpr (RESIDENT) {
+        for (int i = 0; i < mine; i++) fetch_x(own_x + i * x_tile, i);
+        copy_commit();
+        copy_wait<0>();
+        __syncwarp();
+    } else {
+        for (int d = 0; d < DEPTH; d++) fetch();
+    }
+
+    // Lane t of token g finds the chunk of a step 4 chunks further each step, the swizzle apart.
+    const int token = min(g, tokens - 1), swizzle = (token & 1) * 4;  // columns past the last token repeat it, unused
+    const int even = token * CHUNKS + t + swizzle, odd = token * CHUNKS + t - swizzle;
+    // The warps that add up a row tile's sums take turns; the others go on to the next one. There are two sets of sums,
+    // each with a barrier for "written", where the adders wait, and one for "read", where all others wait before they
+    // write it again (the adders wait for each other at once).
+    enum { WRITTEN = 1, READ = 3, ADDED = 5 };
+    const int adders = (tokens + 1) / 2;  // warps: 16 rows x tokens threads
+    int added = 0;  // bit: whether this warp read that set
+    const uint4* drain = ring;
+    int turn = warp, count = 0;
+    for (int row_tile = blockIdx.x; row_tile < row_tiles; row_tile += gridDim.x, count++) {
+        // What this thread's outputs need is fetched now: its latency would stand at the end otherwise.
+        const int slot = turn * 32 + lane, row = slot % 16, column_token = slot / 16, packed = row_tile * 16 + row;
+        const int column = e.gated ? row_tile * 8 + row % 8 : packed;
+        const bool adds = turn < adders;
+        const bool writes = column_token < tokens && column < e.features && !(e.gated && row >= 8);
+        float row_scale = 0.0f, bias = 0.0f, before = 0.0f;
+        if (adds) {
+            row_scale = e.row_scale[packed] * e.in_factor;
+            if (e.bias) bias = e.bias[packed];
+            if (e.mode == ADD_FLOAT && writes)
+                before = reinterpret_cast<const float*>(e.out)[(size_t)column_token * e.stride + column];
+        }
+
+        float acc[1][4] = {};
+        const uint4 *x_even = own_x + even, *x_odd = own_x + odd;
+        for (int i = 0; i < mine; i++) {
+            copy_wait<DEPTH - 1>();
+            __syncwarp();
+            if constexpr (!RESIDENT) x_even = drain + TILE + even, x_odd = drain + TILE + odd;
+            typename Tile::Raw raw;
+            Tile::load(raw, reinterpret_cast<const unsigned char*>(drain), lane);
+#pragma unroll
+            for (int step = 0; step < STEPS; step++) {
+                const uint4 b[1] = {(step % 2 ? x_odd : x_even)[4 * step]};
+                multiply<Tile>(acc, raw, step, b);
+            }
+            x_even += x_tile;
+            x_odd += x_tile;
+            __syncwarp();
+            fetch();
+            drain += slot_size;
+            if (drain == ring_end) drain = ring;
+        }
+
+        const int which = count & 1;
+        float* set = sums + which * WARPS * tokens * SUM_STRIDE;
+        if (count >= 2 && !(added >> which & 1)) barrier_wait(READ + which, WARPS * 32);
+        float* own = set + warp * tokens * SUM_STRIDE + 2 * t * SUM_STRIDE + g;
+        if (2 * t < tokens) own[0] = acc[0][0], own[8] = acc[0][2];
+        if (2 * t + 1 < tokens) own[SUM_STRIDE] = acc[0][1], own[SUM_STRIDE + 8] = acc[0][3];
+        if (!adds) barrier_arrive(WRITTEN + which, WARPS * 32);
+        else {
+            barrier_wait(WRITTEN + which, WARPS * 32);
+            float value = 0.0f;
+            if (column_token < tokens) {
+#pragma unroll
+                for (int w = 0; w < WARPS; w++) value += set[(w * tokens + column_token) * SUM_STRIDE + row];
+            }
+            barrier_wait(ADDED + which, adders * 32);
+            barrier_arrive(READ + which, WARPS * 32);
+            value = value * row_scale + bias;
+            const float up = __shfl_down_sync(0xffffffffu, value, 8, 16);
+            if (e.gated) value = silu(value) * up;
+            if (writes) store(e, column_token, column, value, before);
+        }
+        added = (added & ~(1 << which)) | adds << which;
+        turn = turn < adders ? turn + WARPS - adders : turn - adders;
+    }
+}
+
+// -- Many tokens --------------------------------------------------------------------------------------------------
+//
+// A block computes RW * RT * 16 rows for TW * NT * 8 tokens (RW x TW warps). Weights (packed) and activations go
+// through STAGES buffers in shared memory; each warp decodes the row tiles of its own part.
+// Grid: (token blocks, row blocks), tokens fastest, so that weights come from memory once and activations from L2.
+//
+// Dynamic shared memory: [STAGES] of weights [RW * RT][Tile::BYTES], activations [tokens][Tile::K] halves.
+
+template <class Tile, int RW, int RT, int TW, int NT, int STAGES>
+__device__ __forceinline__ void many_tokens(const unsigned char* weights, const __half* x, int tokens, int K,
+                                            int row_tiles, const Epilogue& e) {
+    extern __shared__ uint4 shared[];
+    constexpr int CHUNKS = Tile::K / 8, STEPS = Tile::K / 32;
+    constexpr int BLOCK_TILES = RW * RT, BLOCK_TOKENS = TW * NT * 8;
+    constexpr int TILE_CHUNKS = Tile::BYTES / 16, STAGE = BLOCK_TILES * TILE_CHUNKS + BLOCK_TOKENS * CHUNKS;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int row_warp = warp % RW, token_warp = warp / RW;
+    const int first_token = blockIdx.x * BLOCK_TOKENS, first_tile = blockIdx.y * BLOCK_TILES;
+    const int k_tiles = (K + Tile::K - 1) / Tile::K;
+    const bool aligned = K % 8 == 0;
+    constexpr int WARPS = RW * TW, ROWS_AT_ONCE = 32 / CHUNKS * WARPS;
+    const int c = lane % CHUNKS, own = warp * (32 / CHUNKS) + lane / CHUNKS;  // this thread's chunk and first token
+    const __half* source = x + (size_t)(first_token + own) * K;
+    auto stage = [&](int kt) {
+        uint4* buffer = shared + kt % STAGES * STAGE;
+#pragma unroll
+        for (int tile = warp; tile < BLOCK_TILES; tile += WARPS) {
+            const int row_tile = min(first_tile + tile, row_tiles - 1);
+            const unsigned char* from = weights + ((size_t)row_tile * k_tiles + kt) * Tile::BYTES;
+#pragma unroll
+            for (int i = lane; i < TILE_CHUNKS; i += 32) copy_async(buffer + tile * TILE_CHUNKS + i, from + i * 16, 16);
+        }
+        buffer += BLOCK_TILES * TILE_CHUNKS;
+#pragma unroll
+        for (int i = 0; i < BLOCK_TOKENS; i += ROWS_AT_ONCE)
+            stage_chunk(buffer + chunk_at<Tile>(own + i, Tile::position(c)), source + (size_t)i * K,
+                        kt * Tile::K + c * 8, K, first_token + own + i < tokens, aligned);
+    };
+
+    float acc[RT][NT][4] = {};
+    dependents_may_start();
+    wait_for_predecessor();
+#pragma unroll
+    for (int s = 0; s < STAGES - 1; s++) {
+        if (s < k_tiles) stage(s);
+        copy_commit();
+    }
+    for (int kt = 0; kt < k_tiles; kt++) {
+        copy_wait<STAGES - 2>();
+        __syncthreads();
+        if (kt + STAGES - 1 < k_tiles) stage(kt + STAGES - 1);
+        copy_commit();
+
+        const uint4* buffer = shared + kt % STAGES * STAGE;
+        const unsigned char* packed = reinterpret_cast<const unsigned char*>(buffer) + row_warp * RT * Tile::BYTES;
+        typename Tile::Raw raw[RT];
+        buffer += BLOCK_TILES * TILE_CHUNKS;
+#pragma unroll
+        for (int step = 0; step < STEPS; step++) {
+            if (step % 2 == 0) {
+#pragma unroll
+                for (int r = 0; r < RT; r++) Tile::load_pair(raw[r], packed + r * Tile::BYTES, lane, step / 2);
+            }
+            uint4 b[NT];
+#pragma unroll
+            for (int n = 0; n < NT; n++) b[n] = buffer[chunk_at<Tile>(token_warp * NT * 8 + n * 8 + g, 4 * step + t)];
+#pragma unroll
+            for (int r = 0; r < RT; r++) multiply<Tile>(acc[r], raw[r], step, b);
+        }
+    }
+
+#pragma unroll
+    for (int r = 0; r < RT; r++) {
+        const int row_tile = first_tile + row_warp * RT + r;
+        if (row_tile >= row_tiles) break;
+        const int packed = row_tile * 16 + g;
+        const float scale[2] = {e.row_scale[packed] * e.in_factor, e.row_scale[packed + 8] * e.in_factor};
+        const float bias[2] = {e.bias ? e.bias[packed] : 0.0f, e.bias ? e.bias[packed + 8] : 0.0f};
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                const int token = first_token + token_warp * NT * 8 + n * 8 + 2 * t + j;
+                if (token >= tokens) continue;
+                float low = acc[r][n][j] * scale[0] + bias[0], high = acc[r][n][2 + j] * scale[1] + bias[1];
+                auto emit = [&](int column, float value) {
+                    if (column >= e.features) return;
+                    float before = e.mode == ADD_FLOAT
+                        ? reinterpret_cast<const float*>(e.out)[(size_t)token * e.stride + column] : 0.0f;
+                    store(e, token, column, value, before);
+                };
+                if (e.gated) emit(row_tile * 8 + g, silu(low) * high);
+                else { emit(packed, low); emit(packed + 8, high); }
+            }
+        }
+    }
+}
+
+// -- Repacking ----------------------------------------------------------------------------------------------------
+
+// Which packed row holds row r of a part: parts stand below each other from `first`, or alternate by 8 rows (gated_part
+// 0 or 1; -1 otherwise).
+__device__ __forceinline__ int packed_row(int r, int first, int gated_part) {
+    return gated_part < 0 ? first + r : r / 8 * 16 + gated_part * 8 + r % 8;
+}
+
+// The largest squared 2-norm of the rows: sums in a fixed order, and a maximum does not depend on order.
+// Call with all threads of a block that has repacked one row.
+__device__ __forceinline__ void record_norm(float sum, unsigned* largest) {
+    __shared__ float warps[32];
+#pragma unroll
+    for (int offset = 16; offset; offset /= 2) sum += __shfl_down_sync(0xffffffffu, sum, offset);
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = sum;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        for (int w = 1; w < blockDim.x / 32; w++) sum += warps[w];
+        atomicMax(largest, __float_as_uint(sum));  // non-negative floats order as their bits; NaN is above all
+    }
+}
+
+#define EPILOGUE_PARAMETERS                                                                                            \
+    void *out, const float *row_scale, const float *bias, int stride, int features, int mode, int gated,               \
+        float in_factor, float out_factor
+#define EPILOGUE {out, row_scale, bias, stride, features, mode, gated, in_factor, out_factor}
+
+#ifdef MANY_STAGES  // a variant of one kernel or of the other: see fp4rt/ops/cuda/linear.py for the constants
+#define LINEAR_ENTRIES(Tile)                                                                                           \
+    extern "C" __global__ void __launch_bounds__(MANY_ROW_WARPS* MANY_TOKEN_WARPS * 32, 1)                             \
+        many(const unsigned char* weights, const __half* x, int tokens, int K, int row_tiles, EPILOGUE_PARAMETERS) {   \
+        const Epilogue e = EPILOGUE;                                                                                   \
+        many_tokens<Tile, MANY_ROW_WARPS, MANY_ROW_TILES, MANY_TOKEN_WARPS, MANY_TOKEN_TILES, MANY_STAGES>(            \
+            weights, x, tokens, K, row_tiles, e);                                                                      \
+    }
+#else
+#define LINEAR_ENTRIES(Tile)                                                                                           \
+    extern "C" __global__ void __launch_bounds__(FEW_WARPS * 32, FEW_BLOCKS)                                           \
+        few(const unsigned char* weights, const __half* x, int tokens, int K, int row_tiles, int resident,             \
+            EPILOGUE_PARAMETERS) {                                                                                     \
+        const Epilogue e = EPILOGUE;                                                                                   \
+        if (resident) few_tokens<Tile, FEW_WARPS, FEW_DEPTH, true>(weights, x, tokens, K, row_tiles, e);               \
+        else few_tokens<Tile, FEW_WARPS, FEW_DEPTH, false>(weights, x, tokens, K, row_tiles, e);                       \
+    }
+#endif

@@ -1,0 +1,293 @@
+"""Attention, norms, embedding and batches on the GPU, on every generation's code path, against float64."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from cases import ATTENTION, AttentionCase, dense, make_batch
+
+from fp4rt.batch import PAGE_TOKENS, Batch
+
+pytestmark = pytest.mark.gpu
+pytest.importorskip("cupy")
+
+ARCHITECTURES = (None, "sm_75", "sm_80", "sm_86", "sm_89")
+HALF = 2.0**-11  # rounding to fp16, relative
+
+MORE = [
+    AttentionCase(((0, 100), (129, 1), (64, 64), (0, 1)), 12, 1, 64),  # a group of 12: two tiles of heads
+    AttentionCase(((500, 1), (0, 1)), 12, 1, 128, norm=True),
+    AttentionCase(((200, 1), (0, 33)), 20, 1, 32),  # 20: two blocks of heads
+    AttentionCase(((200, 1), (0, 33)), 12, 1, 192),
+    AttentionCase(((640, 1), (127, 1), (128, 1)), 6, 2, 112),
+    AttentionCase(((300, 20), (63, 2)), 9, 3, 160, norm=True),
+    AttentionCase(((300, 1), (3, 2)), 2, 2, 208),
+    AttentionCase(((9000, 1), (8191, 1), (20000, 1)), 4, 1, 64),  # chunks of 2, 4 and 8 pages
+    AttentionCase(((9000, 1), (40, 1)), 4, 1, 64, window=8500),
+    AttentionCase(((1000, 1), (1000, 70)), 4, 2, 64, window=1),
+    AttentionCase(((190, 1), ), 4, 2, 256, window=65, norm=True),
+    AttentionCase(tuple((i % 5 * 63, 1 + i % 3 * 40) for i in range(40)), 6, 2,
+                  48),  # more sequences than a warp
+]
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES, ids=lambda arch: arch or "native")
+def device(request):
+    from fp4rt.ops.cuda.device import Device
+
+    device = Device(request.param)
+    with device:
+        yield device
+    device.close()
+
+
+def activation(device, data: np.ndarray, exponent: int = 0):
+    from fp4rt.ops.cuda.activation import Activation
+
+    return Activation(device.upload(data.astype(np.float16)), exponent, 2.0**15)
+
+
+@dataclasses.dataclass
+class Layer:
+    """One attention layer with random norms, and what it remembers: on the device, and in float64."""
+
+    device: object
+    case: AttentionCase
+    num_pages: int
+    exponent: int = -3
+
+    def __post_init__(self):
+        from fp4rt.ops.cuda import attention, rms_norm
+
+        shape, rng = self.case.shape, np.random.default_rng(7)
+        self.pages = attention.kv_pages(self.device, shape, self.num_pages)
+        for store in (self.pages.keys, self.pages.values):
+            # What nobody wrote must not be used.
+            self.device.upload(np.full(store.shape, np.nan, np.float16), store)
+        self.norms = [
+            rng.uniform(0.5, 2, shape.head_dim).astype(np.float32) if self.case.norm else None for _ in "qk"
+        ]
+        self.device_norms = [
+            None if w is None else rms_norm.norm_weight(self.device, w, 1e-5) for w in self.norms
+        ]
+        self.inv_freq = 10000.0 ** -np.linspace(0, 1, shape.head_dim // 2).astype(np.float32)
+        self.rope = (attention.rope_table(self.device, self.inv_freq, 1.25, 1 << 15)
+                     if self.case.rope else None)
+        self.keys: dict[int, np.ndarray] = {}
+        self.values: dict[int, np.ndarray] = {}
+
+    def run(self, qkv: np.ndarray, batch: Batch, **options) -> np.ndarray:
+        """The device's output as float32."""
+        from fp4rt.ops.cuda import attention
+        from fp4rt.ops.cuda.batch import put_batch
+
+        q_norm, k_norm = self.device_norms
+        on_device = put_batch(self.device, batch)
+        x = activation(self.device, qkv, self.exponent)
+        out = attention.attention(self.device, x, on_device, self.pages, self.case.shape, rope=self.rope,
+                                  q_norm=q_norm, k_norm=k_norm, **options)
+        result = self.device.fetch(out.data).result().astype(np.float32) * 2.0**out.exponent
+        assert not self.device.fetch(on_device.tickets).result().any()
+        return result
+
+    def expect(self, qkv: np.ndarray, batch: Batch, owners: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Float64 attention on operands rounded as the device rounds, and the largest value a row sees."""
+        shape = self.case.shape
+        heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
+        x = qkv.astype(np.float16).astype(np.float64).reshape(len(qkv), -1, dim) * 2.0**self.exponent
+        q, k, v = np.split(x, [heads, heads + kv_heads], axis=1)
+        q, k = (self._open(part, norm, batch.positions) for part, norm in zip((q, k), self.norms))
+        out, largest = np.zeros((len(qkv), heads, dim)), np.zeros((len(qkv), 1))
+        for s, owner in enumerate(owners):
+            rows = slice(batch.starts[s], batch.starts[s + 1])
+            self.keys[owner] = np.concatenate([self.keys.get(owner, k[:0]), k[rows]])
+            self.values[owner] = np.concatenate([self.values.get(owner, v[:0]), v[rows]])
+            keys, values = (np.repeat(a[owner], heads // kv_heads, axis=1) for a in (self.keys, self.values))
+            for row in range(rows.start, rows.stop):
+                end = int(batch.positions[row]) + 1
+                begin = max(0, end - shape.window) if shape.window else 0
+                scores = np.einsum("hd,khd->hk", q[row], keys[begin:end]) * shape.scale
+                weights = np.exp(scores - scores.max(1, keepdims=True))
+                out[row] = np.einsum("hk,khd->hd", weights / weights.sum(1, keepdims=True), values[begin:end])
+                largest[row] = np.abs(values[begin:end]).max()
+        return out.reshape(len(qkv), -1), largest
+
+    def _open(self, x: np.ndarray, norm: np.ndarray | None, positions: np.ndarray) -> np.ndarray:
+        stored = 1.0 if norm is not None else 2.0**self.exponent
+        if norm is not None:
+            x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * norm
+        if self.case.rope:
+            angles = (positions.astype(np.float32)[:, None] * self.inv_freq).astype(np.float64)[:, None]
+            low, high = np.split(x, 2, axis=-1)
+            x = 1.25 * np.concatenate([low * np.cos(angles) - high * np.sin(angles),
+                                       high * np.cos(angles) + low * np.sin(angles)], axis=-1)
+        return (x / stored).astype(np.float16).astype(np.float64) * stored
+
+
+def random_qkv(case: AttentionCase, tokens: int, seed: int) -> np.ndarray:
+    width = (case.heads + 2 * case.kv_heads) * case.head_dim
+    return (np.random.default_rng(seed).standard_normal((tokens, width)) * 8).astype(np.float16)
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["split", "deterministic"])
+@pytest.mark.parametrize("case", ATTENTION + MORE, ids=str)
+def test_attention(device, case: AttentionCase, deterministic: bool):
+    filling, batch, num_pages = case.batches()
+    layer = Layer(device, case, num_pages)
+    if filling is not None:
+        owners = [s for s, (old, _) in enumerate(case.sequences) if old]
+        qkv = random_qkv(case, len(filling.tokens), 1)
+        layer.run(qkv, filling, deterministic=deterministic)
+        shape, layer.case = layer.case, dataclasses.replace(case, window=1)  # the oracle only remembers here
+        layer.expect(qkv, filling, owners)
+        layer.case = shape
+    qkv = random_qkv(case, len(batch.tokens), 2)
+    got = layer.run(qkv, batch, deterministic=deterministic)
+    expected, largest = layer.expect(qkv, batch, list(range(len(case.sequences))))
+    # Rounding of the weights and of the output, and operands whose fp16 rounding falls the other way.
+    assert (np.abs(got - expected) <= 3 * HALF * largest).all(), np.abs(
+        (got - expected) / largest).max() / HALF
+
+
+COMPANY = AttentionCase(((700, 1), (64, 1), (0, 1), (9000, 1), (63, 1), (127, 1), (2047, 1), (5, 1)), 8, 2,
+                        64, norm=True)
+
+
+def filled(device, case: AttentionCase) -> tuple[Layer, Batch, np.ndarray]:
+    filling, batch, num_pages = case.batches()
+    layer = Layer(device, case, num_pages)
+    layer.run(random_qkv(case, len(filling.tokens), 1), filling)
+    return layer, batch, random_qkv(case, len(batch.tokens), 2)
+
+
+def one_of(batch: Batch, s: int, width: int) -> Batch:
+    rows = slice(batch.starts[s], batch.starts[s + 1])
+    count = rows.stop - rows.start
+    pages = np.zeros((1, 1, width), np.int32)
+    pages[0, 0, :batch.pages.shape[2]] = batch.pages[0, s, :width]
+    return Batch(batch.tokens[rows], batch.positions[rows], np.array([0, count], np.int32),
+                 batch.lengths[s:s + 1], pages, np.zeros(1, np.int32), np.array([count - 1], np.int32))
+
+
+def test_a_decoded_row_is_bit_equal_in_any_company(device):
+    layer, batch, qkv = filled(device, COMPANY)
+    together = layer.run(qkv, batch)
+    for s in range(len(batch.lengths)):
+        for width in (batch.pages.shape[2], 256):
+            assert (layer.run(qkv[s:s + 1], one_of(batch, s, width)) == together[s]).all()
+    mixed = AttentionCase(COMPANY.sequences + ((0, 50),), 8, 2, 64, norm=True)
+    layer, batch, _ = filled(device, mixed)
+    alone = [layer.run(qkv[s:s + 1], one_of(batch, s, batch.pages.shape[2])) for s in range(8)]
+    company = layer.run(np.concatenate([qkv, random_qkv(mixed, 50, 3)]), batch)
+    assert (company[:8] == np.concatenate(alone)).all()
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_deterministic_attention_does_not_depend_on_chunks(device, window):
+    case = AttentionCase(((0, 333),), 6, 2, 64, window=window, norm=True)
+    _, whole, num_pages = case.batches()
+    qkv, table = random_qkv(case, 333, 4), whole.pages[0]
+    at_once = Layer(device, case, num_pages).run(qkv, whole, deterministic=True)
+    layer, parts = Layer(device, case, num_pages), []
+    for begin, end in ((0, 70), (70, 71), (71, 200), (200, 201), (201, 332), (332, 333)):
+        parts.append(
+            layer.run(qkv[begin:end], make_batch([(0, begin, end - begin)], table), deterministic=True))
+    assert (np.concatenate(parts) == at_once).all()
+
+
+@pytest.mark.parametrize("lengths", [(0, 1), (1, 0)])
+def test_padded_rows_are_harmless(device, lengths):
+    layer, batch, qkv = filled(device, COMPANY)
+    alone = layer.run(
+        qkv[:2],
+        dataclasses.replace(batch, tokens=batch.tokens[:2], positions=batch.positions[:2],
+                            starts=batch.starts[:3], lengths=batch.lengths[:2], pages=batch.pages[:, :2],
+                            slots=batch.slots[:2], rows=batch.rows[:2]))
+    padded = dataclasses.replace(batch, tokens=batch.tokens[:4],
+                                 positions=np.array([*batch.positions[:2], 0, 0], np.int32),
+                                 starts=batch.starts[:5], lengths=np.array([*batch.lengths[:2], *lengths],
+                                                                           np.int32),
+                                 pages=np.concatenate([batch.pages[:, :2], 0 * batch.pages[:, :2]], axis=1),
+                                 slots=batch.slots[:4], rows=batch.rows[:4])
+    for deterministic in (False, True):
+        got = layer.run(qkv[:4], padded, deterministic=deterministic)
+        assert np.isfinite(got).all()
+        if not deterministic:
+            assert (got[:2] == alone).all()
+
+
+def test_tokens_that_no_sequence_owns_give_zeros(device):
+    case = AttentionCase(((0, 20),), 4, 2, 64)
+    _, batch, num_pages = case.batches()
+    longer = dataclasses.replace(batch, tokens=np.zeros(32, np.int32),
+                                 positions=np.arange(32, dtype=np.int32))
+    qkv = random_qkv(case, 32, 5)
+    got = Layer(device, case, num_pages).run(qkv, longer)
+    assert (got[20:] == 0).all() and (got[:20] == Layer(device, case, num_pages).run(qkv[:20], batch)).all()
+
+
+@pytest.mark.parametrize("tokens, width", [(1, 64), (3, 99), (5, 4096), (70, 5120), (2, 7)])
+@pytest.mark.parametrize("magnitude", [1e-3, 1.0, 1e4])
+def test_rms_norm(device, tokens: int, width: int, magnitude: float):
+    from fp4rt.ops.cuda import rms_norm
+
+    rng = np.random.default_rng(width)
+    x = (rng.standard_normal((tokens, width)) * magnitude).astype(np.float32)
+    weight = (rng.standard_normal(width) * 300).astype(np.float32)
+    y = rms_norm.rms_norm(device, device.upload(x), rms_norm.norm_weight(device, weight, 1e-5))
+    got = device.fetch(y.data).result().astype(np.float64) * 2.0**y.exponent
+    expected = x.astype(
+        np.float64) / np.sqrt((x.astype(np.float64)**2).mean(1, keepdims=True) + 1e-5) * weight
+    assert (np.abs(got - expected) <= 1.1 * HALF * np.abs(expected) + 2.0 ** (y.exponent - 24)).all()
+    assert np.abs(got).max() <= y.bound
+
+
+@pytest.mark.parametrize("kind", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("width", [64, 99, 4096])
+def test_embedding(device, kind: str, tied: bool, width: int):
+    from fp4rt.ops.cuda import embedding
+    from fp4rt.ops.cuda.linear import linear_weight
+
+    table = dense(np.random.default_rng(0), 323, width, kind)
+    head = linear_weight(device, [table]) if tied else None
+    tokens = np.array([0, 322, 17, 17, 16, 15, 300], np.int32)
+    x = embedding.embed(device, device.upload(tokens),
+                        embedding.embedding_weight(device, table, tied_to=head))
+    expected = table.dequantize()[tokens]
+    bound = 2.0**-21 * np.abs(expected).max(1,
+                                            keepdims=True) if tied and kind == "F32" else 0  # two fp16 planes
+    assert (np.abs(device.fetch(x).result() - expected) <= bound).all()
+    rows = np.array([5, 0, 0], np.int32)
+    got = device.fetch(embedding.gather_rows(device, device.upload(rows), x)).result()
+    assert (got == device.fetch(x).result()[rows]).all()
+
+
+def test_advance(device):
+    from fp4rt.ops.cuda.batch import advance, put_batch
+
+    pages = np.array([[[3, 4], [0, 0], [5, 0], [6, 7]]], np.int32)
+    batch = Batch(np.zeros(4, np.int32), np.array([63, 0, 63, 2 * PAGE_TOKENS - 1], np.int32),
+                  np.arange(5, dtype=np.int32), np.array([64, 1, 64, 2 * PAGE_TOKENS], np.int32), pages,
+                  np.zeros(4, np.int32), np.arange(4, dtype=np.int32))
+    on_device = put_batch(device, batch)
+    advance(device, on_device, device.upload(np.array([9, 8, -1, 7], np.int32)))
+    advance(device, on_device, device.upload(np.array([10, 11, 12, 13], np.int32)))
+    read = lambda array: device.fetch(array).result().tolist()  # noqa: E731
+    assert read(on_device.tokens) == [10, 11, 12, 13]
+    assert read(on_device.positions) == [65, 0, 64, 2 * PAGE_TOKENS - 1]  # padded and full rows stay
+    assert read(on_device.lengths) == [66, 1, 65, 2 * PAGE_TOKENS]
+    put_batch(device, batch, into=on_device)
+    assert read(on_device.lengths) == batch.lengths.tolist() and read(on_device.pages) == pages.tolist()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, None])
+def test_is_finite(device, bad):
+    from fp4rt.ops.cuda.batch import is_finite
+
+    x = np.full((7, 1001), 3e38, np.float32)
+    if bad is not None:
+        x[6, 1000] = bad
+    assert is_finite(device, device.upload(x)) == (bad is None)

@@ -1,0 +1,70 @@
+"""Every kernel compiles for every architecture without a GPU, without spills, within the chip's shared memory."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+import pytest
+
+pytest.importorskip("cupy_backends.cuda.libs.nvrtc")
+
+import fp4rt.ops  # noqa: E402
+from fp4rt.errors import Fp4rtError  # noqa: E402
+from fp4rt.ops.cuda import compile as compiling  # noqa: E402
+from fp4rt.ops.cuda.device import SHARED_LIMIT  # noqa: E402
+
+ARCHITECTURES = {"sm_75": 75, "sm_80": 80, "sm_86": 86, "sm_89": 89, "sm_90a": 90}
+
+
+def variants() -> list[tuple[str, str, dict[str, int], int]]:
+    """(arch, stem, defines, dynamic shared bytes) of all that the wrappers may launch, as their `variants` say."""
+    import fp4rt.ops.cuda as package
+
+    modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
+    return [(arch, *variant) for arch, capability in ARCHITECTURES.items()
+            for module in modules if hasattr(module, "variants") for variant in module.variants(capability)]
+
+
+def name(variant: tuple) -> str:
+    arch, stem, defines, _ = variant
+    return "-".join([arch, stem, *(f"{key.lower()}={value}" for key, value in defines.items())])
+
+
+@pytest.mark.parametrize("variant", variants(), ids=name)
+def test_compiles_without_spills_within_shared_memory(variant: tuple):
+    arch, stem, defines, dynamic = variant
+    binary = compiling.compile_kernel(stem, arch, defines)
+    assert binary.kind == "cubin" and binary.data[:4] == b"\x7fELF" and binary.resources
+    for entry, resources in binary.resources.items():
+        assert resources.spill_bytes == 0 and resources.stack_bytes == 0, f"{entry}: {resources}"
+        assert resources.shared_bytes + dynamic <= SHARED_LIMIT[ARCHITECTURES[arch]], f"{entry}: {resources}"
+
+
+@pytest.mark.parametrize("arch", ["compute_75", "compute_80", "compute_90"])
+def test_ptx_for_newer_gpus(arch: str):
+    binary = compiling.compile_kernel("scale_columns", arch)
+    assert binary.kind == "ptx" and f".target sm_{arch[8:]}".encode() in binary.data
+
+
+def test_every_kernel_file_belongs_to_a_wrapper():
+    files = {path.stem for path in compiling.kernel_directory().glob("*.cu")}
+    assert files == {stem for _, stem, _, _ in variants()}
+
+
+def test_a_corrupt_cache_entry_is_compiled_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiling, "cache_directory", lambda: tmp_path)
+    first = compiling.compile_kernel("scale_columns", "sm_80")
+    (entry,) = tmp_path.iterdir()
+    entry.write_bytes(entry.read_bytes()[:-1] + b"?")
+    assert compiling.compile_kernel("scale_columns", "sm_80") == first
+    assert compiling.compile_kernel("scale_columns", "sm_80") == first
+    assert [path.name for path in tmp_path.iterdir()] == [entry.name]
+
+
+def test_an_error_in_a_kernel_names_its_file_and_line(tmp_path, monkeypatch):
+    (tmp_path / "bad.cu").write_text("// Bad.\n#include \"bad.cuh\"\n")
+    (tmp_path / "bad.cuh").write_text("// Bad.\nint x = y;\n")
+    monkeypatch.setattr(compiling, "kernel_directory", lambda: tmp_path)
+    with pytest.raises(Fp4rtError, match=r'bad\.cuh\(2\).*"y" is undefined'):
+        compiling.compile_kernel("bad", "sm_80")

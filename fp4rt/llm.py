@@ -174,7 +174,7 @@ class LLM:
         self.max_model_len = min(room, engine.cache.tokens)
         self.load_seconds, self.workspace_bytes = load_seconds, workspace
         self.step_bytes = loader.step_bytes
-        self.weight_bytes = loader.step_bytes + loader.embedding_bytes
+        self.weight_bytes = loader.weight_bytes
         self.timing = Timing()
         path = checkpoint.path / "generation_config.json"
         self.generation_config = read_json(path) if path.is_file() else {}

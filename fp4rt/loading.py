@@ -83,6 +83,11 @@ class Loader:
         return self.ops.host_embedding_weight(read_weight(scope, vocab, width), scale)
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights held: linears, norms, and the token table where it is not the head."""
+        return sum(one.linear.nbytes for one in self.linears) + self.norm_bytes + self.embedding_bytes
+
+    @property
     def step_bytes(self) -> int:
         """Bytes of weights that a decode step of one token reads; of the token table it reads a single row."""
         return round(sum(one.linear.nbytes * one.read for one in self.linears)) + self.norm_bytes

@@ -40,7 +40,7 @@ REFUSED_ALGORITHMS = {
 def architecture(config: Config) -> Architecture:
     """The file that knows this model_type, or an Fp4rtError("checkpoint")."""
     model_type = config.get("model_type")
-    if model_type not in MODEL_TYPES:
+    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
         remote = " and needs code from the repository, which fp4rt does not run" if config.get("auto_map", None) else ""
         raise config.refuse("model_type", f"is {shown(model_type)}{remote}", f"fp4rt runs {', '.join(MODEL_TYPES)}")
     return import_module(f"fp4rt.models.{MODEL_TYPES[model_type]}")

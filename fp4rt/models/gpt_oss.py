@@ -21,7 +21,7 @@ class Sizes(DecoderConfig):
 def read(config: Config) -> Sizes:
     layers = config.integer("num_hidden_layers", most=1 << 14)
     kinds = config.get("layer_types", ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)])
-    if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
+    if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in ("sliding_attention", "full_attention") for kind in kinds):
         raise config.refuse("layer_types", f"is {str(kinds)[:80]}",
                             f"expected {layers} of sliding_attention and full_attention")
     window = config.integer("sliding_window")

@@ -10,7 +10,7 @@ import numpy as np
 from fp4rt.batch import PAGE_TOKENS, Batch
 from fp4rt.errors import Fp4rtError
 from fp4rt.formats import Dense, Fp8, Nvfp4, Weight
-from fp4rt.ops import AttentionShape
+from fp4rt.ops import AttentionShape, MambaShape
 from fp4rt.ops.cpu import emit, kernels, runtime
 from fp4rt.ops.reference import Norm, ReferenceOps
 
@@ -60,6 +60,10 @@ def choose(parts: Sequence[Weight], deterministic: bool = False) -> tuple[str, s
     return f"{formats} fused ({runtime.TIER})", f"decoded in registers for up to {kernels.FEW_TOKENS} tokens"
 
 
+def missing(what: str) -> Fp4rtError:
+    return Fp4rtError("device", f"the CPU backend does not run {what} yet; use device='reference'")
+
+
 class CpuOps(ReferenceOps):
     """Ops on a CPU. Weights stay where they lie; batches, samplers and everything small are numpy's, as in reference.
 
@@ -80,6 +84,12 @@ class CpuOps(ReferenceOps):
         self._scratch: dict[str, np.ndarray] = {}
 
     # -- At load ------------------------------------------------------------------------------------------------
+
+    def expert_weight(self, experts: Sequence[Sequence[Weight]], *, gated: bool = False):
+        raise missing("mixtures of experts")
+
+    def mamba_weight(self, shape: MambaShape, *values):
+        raise missing("Mamba2 layers")
 
     def linear_weight(self, parts: Sequence[Weight], *, gated: bool = False) -> CpuLinear:
         rows = [part.shape[0] for part in parts]
@@ -158,7 +168,9 @@ class CpuOps(ReferenceOps):
                 self._room("panels", self.threads, kernels.PANEL_ROWS, kernels.PANEL_COLUMNS), self.threads)
         return out
 
-    def attention(self, qkv, batch, pages, shape, *, rope, q_norm=None, k_norm=None):
+    def attention(self, qkv, batch, pages, shape, *, rope, q_norm=None, k_norm=None, v_norm=None, sinks=None):
+        if v_norm is not None or sinks is not None or shape.values_are_keys or shape.shares is not None:
+            raise missing("attention of this kind")
         out = np.empty((len(qkv), shape.num_heads * shape.head_dim), np.float32)
         cos, sin = (_NONE, _NONE) if rope is None else rope
         q_norm, k_norm = q_norm or Norm(_EMPTY, 0.0), k_norm or Norm(_EMPTY, 0.0)

@@ -17,7 +17,9 @@ class Batch:
     positions  [T]     absolute position of each token in its sequence
     starts     [S+1]   where each sequence begins on the token axis
     lengths    [S]     tokens remembered once this step is done (context before it plus its own tokens)
-    pages      [S, P]  page numbers; token p of sequence s lives in pages[s, p // PAGE_TOKENS]; page 0 is nobody's
+    pages      [G, S, P]  page numbers; for layers of page group g, token p of sequence s lives in page
+                       pages[g, s, p // PAGE_TOKENS]; page 0 is nobody's and stands where no query looks any more
+    slots      [S]     where each sequence's recurrent state lives; slot 0 is nobody's
     rows       [R]     the token rows whose logits are wanted
     """
 
@@ -26,6 +28,7 @@ class Batch:
     starts: np.ndarray
     lengths: np.ndarray
     pages: np.ndarray
+    slots: np.ndarray
     rows: np.ndarray
 
     @property

@@ -31,6 +31,10 @@ class Config:
             return default
         return value
 
+    def alias(self, *keys: str) -> str:
+        """The first of several spellings of a key that the config uses; the first one if it uses none."""
+        return next((key for key in keys if self.values.get(key) is not None), keys[0])
+
     def integer(self, key: str, default: Any = _REQUIRED, *, least: int = 1, most: int = 1 << 31) -> Any:
         value = self.get(key, default)
         if value is default and default is not _REQUIRED:

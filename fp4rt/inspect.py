@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from fp4rt.batch import PAGE_TOKENS
-from fp4rt.cache import bytes_per_page, pages_for
+from fp4rt.cache import Plan
 from fp4rt.errors import Fp4rtError
 from fp4rt.formats import Fp8
-from fp4rt.llm import DEFAULT_CONTEXT, check_context, parse_size, reserve_workspace
+from fp4rt.llm import DEFAULT_CONTEXT, MAX_SEQUENCES, cache_pages, check_context, parse_size, reserve_workspace
 from fp4rt.loading import Loader
 from fp4rt.models import load_model, read_config
 from fp4rt.ops.planning import Headers, planning_ops
@@ -73,7 +74,8 @@ def inspect(path: str | Path, *, device: str = "auto", arch: str | None = None, 
     ops = planning_ops(device, arch, parse_size(gpu_memory), deterministic)
     loader = Loader(ops)
     model = load_model(checkpoint, loader, room)
-    workspace = reserve_workspace(ops, model, room)
+    plan = Plan(ops, model.memory)
+    workspace = reserve_workspace(ops, model, plan, room)
 
     kinds: dict[tuple[str, str, str], list[int]] = {}
     for loaded in loader.linears:
@@ -89,25 +91,29 @@ def inspect(path: str | Path, *, device: str = "auto", arch: str | None = None, 
     embedding = 0 if sizes.tie_word_embeddings else sizes.vocab_size * sizes.hidden_size
     other_bytes = loader.norm_bytes + loader.embedding_bytes
     weight_bytes = linear_bytes + other_bytes
-    page = bytes_per_page(ops, model.memory)
+
+    def cache_bytes(tokens: int) -> int:
+        return plan.nbytes(cache_pages(ops, plan, tokens), MAX_SEQUENCES)
+
     free, largest = ops.free_memory(), None
     if free is not None:
-        pages = (free - weight_bytes - ops.table_bytes - workspace) // page - 1  # page 0 is nobody's
-        largest = max(0, min(longest, pages * PAGE_TOKENS))
+        left = free - weight_bytes - ops.table_bytes - workspace
+        largest = bisect_right(range(1, longest + 1), left, key=cache_bytes)  # cache_bytes grows with tokens
     context = room if largest is None else min(room, largest)
     if largest is not None and (largest < 1 or max_model_len is not None and largest < room):
         raise Fp4rtError("memory", f"{checkpoint.path}: weights take {weight_bytes / 1e6:.0f} MB, workspace "
-                         f"{workspace / 1e6:.0f} MB, K/V for {room} tokens {(pages_for(room) + 1) * page / 1e6:.0f} MB; "
+                         f"{workspace / 1e6:.0f} MB, memory of {room} tokens {cache_bytes(room) / 1e6:.0f} MB; "
                          f"{free / 1e6:.0f} MB are free on {ops.device}: use a smaller max_model_len, or more memory")
     return Inspection(
         path=str(checkpoint.path), model_type=config.get("model_type"),
-        architecture={name: value for name, value in sizes.__dict__.items() if name != "windows"} | {
-            "sliding_window": max((window or 0 for window in sizes.windows), default=0)},
+        architecture={name: value for name, value in sizes.__dict__.items()
+                      if isinstance(value, (int, float, bool, str))} | {
+            "sliding_window": max(window or 0 for window in plan.windows)},
         tensors=len(checkpoint.names()), files=len(checkpoint.files()), file_bytes=checkpoint.nbytes, kinds=found,
         parameters=sum(kind.parameters for kind in found) + embedding, other_bytes=other_bytes,
         table_bytes=ops.table_bytes, unread=tuple(
             (name, count, reason) for (name, reason), count in Counter(
                 (name.rsplit(".", 1)[-1], reason) for name, reason in checkpoint.skipped.items()).items()),
-        device=ops.device, read_per_token=loader.step_bytes, kv_per_token=page // PAGE_TOKENS,
-        weight_bytes=weight_bytes, workspace=workspace, kv_bytes=(pages_for(context) + 1) * page, free=free,
+        device=ops.device, read_per_token=loader.step_bytes, kv_per_token=plan.page_bytes[0] // PAGE_TOKENS,
+        weight_bytes=weight_bytes, workspace=workspace, kv_bytes=cache_bytes(context), free=free,
         context=context, largest_context=largest)

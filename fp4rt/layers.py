@@ -10,8 +10,11 @@ from fp4rt.checkpoint import Scope
 from fp4rt.config import Config
 from fp4rt.errors import shown
 from fp4rt.loading import Loader
-from fp4rt.ops import AttentionShape
+from fp4rt.ops import AttentionShape, Linear, MambaShape, Ops
 from fp4rt.rope import inverse_frequencies
+
+Block = Callable[..., Any]
+Progress = Callable[[Iterable[int]], Iterable[int]]
 
 
 @dataclass(frozen=True)
@@ -79,14 +82,15 @@ class Attention:
         self.shape, self.rope, self.ops = shape, rope, load.ops
         self.qkv_proj = load.linear(scope, {"q_proj": q, "k_proj": kv, "v_proj": kv}, hidden, bias=config.qkv_bias)
         self.o_proj = load.linear(scope, {"o_proj": hidden}, q, bias=config.o_bias)
-        self.q_norm = self.k_norm = None
+        self.q_norm = self.k_norm = self.sinks = None
         if config.qk_norm:
             self.q_norm, self.k_norm = (load.norm(scope, name, shape.head_dim, config.rms_norm_eps)
                                         for name in ("q_norm", "k_norm"))
 
     def __call__(self, h: Any, norm: Any, batch: Any, pages: Any) -> Any:
         qkv = self.ops.linear(h, self.qkv_proj, norm=norm)
-        a = self.ops.attention(qkv, batch, pages, self.shape, rope=self.rope, q_norm=self.q_norm, k_norm=self.k_norm)
+        a = self.ops.attention(qkv, batch, pages, self.shape, rope=self.rope, q_norm=self.q_norm, k_norm=self.k_norm,
+                               sinks=self.sinks)
         return self.ops.linear(a, self.o_proj, residual=h)
 
 
@@ -105,45 +109,61 @@ class GatedMLP:
 
 
 class DecoderLayer:
-    """h + attention(norm(h)), then h + mlp(norm(h))."""
+    """h + attention(norm(h)), then h + mlp(norm(h)); `mlp` takes the residual stream and its norm."""
 
-    def __init__(self, scope: Scope, config: DecoderConfig, shape: AttentionShape, rope: Any, load: Loader):
+    def __init__(self, scope: Scope, config: DecoderConfig, load: Loader, self_attn: Block, mlp: Block):
         self.input_layernorm, self.post_attention_layernorm = (
             load.norm(scope, name, config.hidden_size, config.rms_norm_eps)
             for name in ("input_layernorm", "post_attention_layernorm"))
-        self.self_attn = Attention(scope.at("self_attn"), config, shape, rope, load)
-        self.mlp = GatedMLP(scope.at("mlp"), config, load)
+        self.self_attn, self.mlp = self_attn, mlp
 
     def __call__(self, h: Any, batch: Any, pages: Any) -> Any:
         h = self.self_attn(h, self.input_layernorm, batch, pages)
         return self.mlp(h, self.post_attention_layernorm)
 
 
+@dataclass
 class Decoder:
-    """Embedding, layers, final norm, head. `memory` says what each layer remembers: paged keys and values."""
+    """Embedding, layers, final norm, head. memory[i] says what layers[i] remembers, None for nothing."""
 
-    def __init__(self, scope: Scope, source: Config, config: DecoderConfig, load: Loader, max_positions: int,
-                 progress: Callable[[Iterable[int]], Iterable[int]]):
-        self.config, self.ops = config, load.ops
-        self.memory = [config.attention_shape(i) for i in range(config.num_hidden_layers)]
-        rope = load.ops.rope_table(*inverse_frequencies(source, config.head_dim), max_positions)
-        self.embed_tokens, self.lm_head = load.embedding_and_head(
-            scope.at("model.embed_tokens"), None if config.tie_word_embeddings else scope.at("lm_head"),
-            config.vocab_size, config.hidden_size)
-        self.norm = load.norm(scope, "model.norm", config.hidden_size, config.rms_norm_eps)
-        self.layers = [DecoderLayer(scope.at(f"model.layers.{i}"), config, self.memory[i], rope, load)
-                       for i in progress(range(config.num_hidden_layers))]
+    config: Any  # at least vocab_size and max_position_embeddings
+    ops: Ops
+    memory: Sequence[AttentionShape | MambaShape | None]
+    embed_tokens: Any
+    layers: Sequence[Block]
+    norm: Any
+    lm_head: Linear
+    softcap: float | None = None
+    prefix: str = "model"
 
     def residuals(self, batch: Any, pages: Sequence[Any]) -> Iterator[tuple[str, Any]]:
         """The residual stream after the embedding and after each layer, with the name of what produced it."""
         h = self.ops.embed(batch, self.embed_tokens)
-        yield "model.embed_tokens", h
+        yield f"{self.prefix}.embed_tokens", h
         for i, layer in enumerate(self.layers):
             h = layer(h, batch, pages[i])
-            yield f"model.layers.{i}", h
+            yield f"{self.prefix}.layers.{i}", h
 
     def __call__(self, batch: Any, pages: Sequence[Any]) -> Any:
-        """Logits float32 [R, vocab_size] of the batch's wanted rows; pages: one K/V handle per layer."""
+        """Logits float32 [R, vocab_size] of the batch's wanted rows; pages: one memory handle per layer."""
         for _, h in self.residuals(batch, pages):
             pass
-        return self.ops.logits(h, batch, self.norm, self.lm_head)
+        return self.ops.logits(h, batch, self.norm, self.lm_head, softcap=self.softcap)
+
+
+def build_decoder(scope: Scope, source: Config, config: DecoderConfig, load: Loader, max_positions: int,
+                  progress: Progress, *, attention: Callable[..., Block] = Attention,
+                  mlp: Callable[[Scope, int], Block] | None = None) -> Decoder:
+    """A decoder of pre-norm layers in Llama's tensor names; `attention` and `mlp` make the blocks that differ."""
+    memory = [config.attention_shape(i) for i in range(config.num_hidden_layers)]
+    rope = load.ops.rope_table(*inverse_frequencies(source, config.head_dim), max_positions)
+    embed_tokens, lm_head = load.embedding_and_head(
+        scope.at("model.embed_tokens"), None if config.tie_word_embeddings else scope.at("lm_head"),
+        config.vocab_size, config.hidden_size)
+    norm = load.norm(scope, "model.norm", config.hidden_size, config.rms_norm_eps)
+    layers = []
+    for i in progress(range(config.num_hidden_layers)):
+        at = scope.at(f"model.layers.{i}")
+        layers.append(DecoderLayer(at, config, load, attention(at.at("self_attn"), config, memory[i], rope, load),
+                                   mlp(at.at("mlp"), i) if mlp else GatedMLP(at.at("mlp"), config, load)))
+    return Decoder(config, load.ops, memory, embed_tokens, layers, norm, lm_head)

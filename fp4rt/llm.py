@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from fp4rt.batch import Batch
-from fp4rt.cache import Cache, bytes_per_page, pages_for
+from fp4rt.batch import PAGE_TOKENS, Batch
+from fp4rt.cache import Cache, Plan, Remembered, pages_for
 from fp4rt.checkpoint import Checkpoint, read_json
-from fp4rt.engine import Engine, Sequence
+from fp4rt.engine import LEASE, Engine, Sequence
 from fp4rt.errors import Fp4rtError
 from fp4rt.loading import Loader
 from fp4rt.models import load_model, read_config
@@ -126,26 +126,43 @@ def check_context(max_model_len: int | None, longest: int) -> None:
         raise Fp4rtError("request", f"max_model_len is {max_model_len!r}; this model takes 1 to {longest} tokens")
 
 
-def reserve_workspace(ops: Ops, decoder: Any, room: int) -> int:
-    """Make a backend ready for the widest step that contexts of `room` tokens can need: bytes."""
-    scratch = Cache(ops, decoder.memory, pages_for(1))
+def reserve_workspace(ops: Ops, decoder: Any, plan: Plan, room: int) -> int:
+    """Make a backend ready for the widest steps that contexts of `room` tokens can need: bytes."""
+    scratch = Cache(plan, [1] * len(plan.windows), 1)
+
+    def step(tokens: int, sequences: int, rows: int) -> Any:
+        zeros = np.zeros(tokens, np.int32)
+        starts = np.arange(sequences + 1, dtype=np.int32) * (tokens // sequences)
+        pages = np.zeros((len(plan.windows), sequences, pages_for(room)), np.int32)
+        return decoder(ops.batch(Batch(zeros, zeros, starts, zeros[:sequences] + room, pages, zeros[:sequences],
+                                       np.arange(rows, dtype=np.int32))), scratch.layers)
+
     tokens = min(ops.step_tokens, room)
-    rows = min(MAX_SEQUENCES, tokens)
-    widest = Batch(*(np.zeros(n, np.int32) for n in (tokens, tokens)), np.arange(2, dtype=np.int32) * tokens,
-                   np.full(1, tokens, np.int32), np.zeros((1, pages_for(room)), np.int32), np.arange(rows, dtype=np.int32))
-    return ops.reserve(lambda: decoder(ops.batch(widest), scratch.layers))
+    prefill = ops.reserve(lambda: step(tokens, 1, min(MAX_SEQUENCES, tokens)))
+    decode = ops.reserve(lambda: step(MAX_SEQUENCES, MAX_SEQUENCES, MAX_SEQUENCES))
+    return max(prefill, decode)
+
+
+def cache_pages(ops: Ops, plan: Plan, tokens: int) -> list[int]:
+    """Pages per group for `tokens` tokens in all; behind a window, for as many sequences as it pays to run together."""
+    return plan.pages(tokens, max(ops.step_tokens, LEASE), MAX_SEQUENCES // 8)
 
 
 def _make_engine(ops: Ops, decoder: Any, room: int, must: bool) -> tuple[Engine, int]:
     """The cache and workspace that fit beside the weights: room for `room` tokens, or fewer unless they `must`."""
-    workspace = reserve_workspace(ops, decoder, room)
-    page_bytes, wanted, free = bytes_per_page(ops, decoder.memory), pages_for(room), ops.free_memory()
-    fits = wanted if free is None else min(wanted, free // page_bytes - 1)
-    if fits < (wanted if must else 1):
-        raise Fp4rtError("memory", f"K/V for {wanted * 64} tokens takes {wanted * page_bytes / 1e6:.0f} MB and "
-                         f"{(free or 0) / 1e6:.0f} MB are free beside weights and workspace; "
-                         "ask for fewer with max_model_len")
-    return Engine(ops, decoder, Cache(ops, decoder.memory, fits), MAX_SEQUENCES), workspace
+    plan = Plan(ops, decoder.memory)
+    workspace = reserve_workspace(ops, decoder, plan, room)
+    free, fits = ops.free_memory(), room
+
+    def size(tokens: int) -> list[int]:
+        return cache_pages(ops, plan, tokens)
+
+    while free is not None and fits > 0 and plan.nbytes(size(fits), MAX_SEQUENCES) > free:
+        fits = (fits - 1) // PAGE_TOKENS * PAGE_TOKENS if not must else 0
+    if fits <= 0:
+        raise Fp4rtError("memory", f"remembering {room} tokens takes {plan.nbytes(size(room), MAX_SEQUENCES) / 1e6:.0f} MB "
+                         f"and {free / 1e6:.0f} MB are free beside weights and workspace; ask for fewer with max_model_len")
+    return Engine(ops, decoder, Cache(plan, size(fits), MAX_SEQUENCES), MAX_SEQUENCES), workspace
 
 
 class LLM:
@@ -157,7 +174,7 @@ class LLM:
         self.max_model_len = min(room, engine.cache.tokens)
         self.load_seconds, self.workspace_bytes = load_seconds, workspace
         self.step_bytes = loader.step_bytes
-        self.weight_bytes = loader.step_bytes + loader.embedding_bytes
+        self.weight_bytes = loader.weight_bytes
         self.timing = Timing()
         path = checkpoint.path / "generation_config.json"
         self.generation_config = read_json(path) if path.is_file() else {}
@@ -284,11 +301,12 @@ class LLM:
                 yield sequence, token
 
     def _make_room(self, tokens: int, keep: list[Sequence] | None = None) -> None:
-        """Let conversations that are not running forget their keys and values where a call needs the room."""
-        held = pages_for(tokens) - sum(len(s.pages) for s in keep or [])
-        if held > self.engine.cache.free_pages:
+        """Let conversations that are not running forget what they hold where a call may need the room."""
+        own = [sequence.held for sequence in keep or []]
+        cache = self.engine.cache
+        if not cache.fits(cache.missing(own[0] if own else Remembered(), tokens)):
             for session in self._sessions:
-                if not any(session.pages is s.pages for s in keep or []):
+                if not any(session.held is held for held in own):
                     session.forget()
 
     @contextmanager
@@ -352,7 +370,7 @@ class Session:
     sampling: Sampling | None = None
     messages: list[Message] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
-    pages: list[int] = field(default_factory=list)
+    held: Remembered = field(default_factory=Remembered)
     reused_tokens: int = 0  # of the newest prompt, how many were remembered
 
     def __post_init__(self) -> None:
@@ -364,8 +382,12 @@ class Session:
         ids = self.llm.text.encode_chat(turn, **template_arguments)
         sequence = self.llm._sequence(ids, self.sampling)
         common = next((i for i, (a, b) in enumerate(zip(self.ids, ids)) if a != b), min(len(self.ids), len(ids)))
-        sequence.remembered = self.reused_tokens = min(common, len(ids) - 1)
-        sequence.keep_pages, sequence.pages = True, self.pages
+        common = min(common, len(ids) - 1)
+        if not self.llm.engine.cache.reaches_back(self.held, common):
+            self.forget()
+            common = 0
+        sequence.remembered = self.reused_tokens = common
+        sequence.keep, sequence.held = True, self.held
         pieces: list[str] = []
         try:
             for piece in self.llm._stream(sequence):
@@ -377,7 +399,7 @@ class Session:
 
     def forget(self) -> None:
         """Free the keys and values; the messages stay and are computed again when needed."""
-        self.llm.engine.cache.give_back(self.pages)
+        self.llm.engine.cache.give_back(self.held)
         self.ids = []
 
     def clear(self) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from fp4rt.checkpoint import Scope
 from fp4rt.errors import Fp4rtError
-from fp4rt.formats import Weight, read_vector, read_weight
+from fp4rt.formats import ExpertShape, Weight, read_experts, read_vector, read_weight
 from fp4rt.ops import Linear, Ops
 
 
@@ -20,6 +20,7 @@ class Loaded:
     shape: tuple[int, int]  # rows of all parts, columns
     file_bytes: int
     linear: Linear
+    read: float = 1.0  # the share of it that one token reads: of experts, the chosen ones
 
 
 @dataclass
@@ -44,11 +45,28 @@ class Loader:
                                    sum(w.nbytes for w in weights), linear))
         return linear
 
+    def experts(self, scope: Scope, shape: ExpertShape, top_k: int) -> tuple[Linear, Linear]:
+        """The experts below `scope`, of which a token takes top_k: (gate and) up, and down."""
+        handles = []
+        for experts, gated in zip(read_experts(scope, shape), (shape.gated, False)):
+            handle = self.ops.expert_weight(experts, gated=gated)
+            parts = [part for expert in experts for part in expert]
+            self.linears.append(Loaded(tuple(p.name for p in parts), tuple(p.format for p in parts),
+                                       (sum(p.shape[0] for p in parts), parts[0].shape[1]),
+                                       sum(p.nbytes for p in parts), handle, top_k / shape.num_experts))
+            handles.append(handle)
+        return handles[0], handles[1]
+
+    def vector(self, scope: Scope, suffix: str, size: int) -> Any:
+        self.norm_bytes += 4 * size
+        return self.ops.vector(read_vector(scope, suffix, size))
+
     def norm(self, scope: Scope, name: str, size: int, eps: float) -> Any:
         self.norm_bytes += 4 * size
         return self.ops.norm_weight(read_vector(scope, f"{name}.weight", size), eps)
 
-    def embedding_and_head(self, embedding: Scope, head: Scope | None, vocab: int, hidden: int) -> tuple[Any, Linear]:
+    def embedding_and_head(self, embedding: Scope, head: Scope | None, vocab: int, hidden: int, *,
+                           scale: float = 1.0) -> tuple[Any, Linear]:
         """The token table and the head; without a `head` the two are one tensor and share its memory."""
         table = read_weight(embedding, vocab, hidden)
         if table.format not in ("BF16", "F16", "F32"):
@@ -56,14 +74,23 @@ class Loader:
                                            "export that keeps embeddings in BF16")
         if head is None:
             linear = self.stack([table])
-            return self.ops.embedding_weight(table, tied_to=linear), linear
+            return self.ops.embedding_weight(table, tied_to=linear, scale=scale), linear
         self.embedding_bytes += table.nbytes
-        return self.ops.embedding_weight(table), self.stack([read_weight(head, vocab, hidden)])
+        return self.ops.embedding_weight(table, scale=scale), self.stack([read_weight(head, vocab, hidden)])
+
+    def host_embedding(self, scope: Scope, vocab: int, width: int, scale: float) -> Any:
+        """A table that stays in host memory: a row is read per token, and it may be larger than the model."""
+        return self.ops.host_embedding_weight(read_weight(scope, vocab, width), scale)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights held: linears, norms, and the token table where it is not the head."""
+        return sum(one.linear.nbytes for one in self.linears) + self.norm_bytes + self.embedding_bytes
 
     @property
     def step_bytes(self) -> int:
-        """Bytes of weights that every decode step reads; of the token table it reads single rows."""
-        return sum(one.linear.nbytes for one in self.linears) + self.norm_bytes
+        """Bytes of weights that a decode step of one token reads; of the token table it reads a single row."""
+        return round(sum(one.linear.nbytes * one.read for one in self.linears)) + self.norm_bytes
 
     def report(self) -> list[str]:
         """One line per kind of weight: how many, how many bytes, which kernel runs it, and why that one."""

@@ -25,9 +25,13 @@ def inverse_frequencies(config: Config, head_dim: int) -> tuple[np.ndarray, floa
         raise config.refuse("head_dim", f"is {head_dim}", "rotary embeddings need an even size")
     base = (theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)).astype(np.float32)
     kind = (scaling.get("rope_type", None) or scaling.get("type", "default")) if scaling else "default"
-    for section in (config, scaling):
-        if section and section.number("partial_rotary_factor", 1.0) != 1.0:
-            raise section.refuse("partial_rotary_factor", "is not 1", "partial rotation is not supported for this model")
+    stated = [section.number("partial_rotary_factor", 1.0, most=1.0) for section in (config, scaling) if section]
+    rotated = min(stated)
+    if kind == "proportional":
+        live = int(rotated * head_dim // 2)  # the other dimensions stand still
+        return np.where(np.arange(head_dim // 2) < live, base, 0) / np.float32(scaling.number("factor", 1.0, least=1e-6)), 1.0
+    if rotated != 1.0:
+        raise config.refuse("partial_rotary_factor", f"is {rotated}", "partial rotation is not supported for this model")
     if kind == "default":
         return base, 1.0
     if kind == "linear":
@@ -36,7 +40,7 @@ def inverse_frequencies(config: Config, head_dim: int) -> tuple[np.ndarray, floa
         return _llama3(scaling, config, base), 1.0
     if kind == "yarn":
         return _yarn(scaling, config, base, theta, head_dim)
-    raise scaling.refuse("rope_type", f"is {shown(kind)}", "fp4rt knows default, linear, llama3 and yarn")
+    raise scaling.refuse("rope_type", f"is {shown(kind)}", "fp4rt knows default, linear, llama3, proportional and yarn")
 
 
 def _original_length(scaling: Config, config: Config) -> float:

@@ -18,6 +18,9 @@ E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -
 ACTIVATION_SCALES = re.compile(r"\.(input_scale|input_global_scale|k_scale|v_scale)$")
 PARTS = ("weight", "weight_packed", "weight_scale", "weight_scale_2", "weight_global_scale",
          "weight_scale_inv", "pre_quant_scale")
+EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.weight$")
+# Text generation uses neither other modalities' towers nor heads that predict several tokens ahead.
+UNUSED = re.compile(r"(model\.)?(vision_tower|vision_embedder|embed_vision|audio_tower|embed_audio|mtp)\.")
 
 
 def _e4m3_table() -> np.ndarray:
@@ -80,9 +83,41 @@ def _fp8(weight: np.ndarray, scale: np.ndarray, block: int = 128) -> np.ndarray:
     return values * scale.repeat(block, 0).repeat(block, 1)[:rows, :columns]
 
 
+def _unpack_stacked(tensors: dict[str, tuple[np.ndarray, str]]) -> None:
+    """gpt-oss experts [E, K, N] in NVFP4: codes [E, K/2, N] and scales [E, K/16, N], packed along the second axis."""
+    suffixes = ("", "_weight_scale", "_weight_scale_2")
+    for name in [n.removesuffix("_weight_scale") for n in tensors if n.endswith("_proj_weight_scale")]:
+        packed, scale, global_scale = (tensors.pop(name + suffix)[0] for suffix in suffixes)
+        tensors.pop(f"{name}_input_scale", None)
+        tensors[name] = np.stack([_nvfp4(p.T, s.T, global_scale).T for p, s in zip(packed, scale)]), "F32"
+
+
+def _stack_experts(parameters: dict[str, np.ndarray]) -> None:
+    """Experts that are linears of their own, put together as HF holds them: gate rows, then up rows."""
+    found: dict[str, dict[str, dict[int, np.ndarray]]] = {}
+    for name in list(parameters):
+        if match := EXPERT.match(name):
+            experts, index, part = match.groups()
+            part = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}.get(part, part)
+            found.setdefault(experts, {}).setdefault(part, {})[int(index)] = parameters.pop(name)
+    for experts, parts in found.items():
+        stacks = {part: np.stack([one[e] for e in range(len(one))]) for part, one in parts.items()}
+        if "gate_proj" in stacks:
+            stacks["gate_up_proj"] = np.concatenate([stacks.pop("gate_proj"), stacks.pop("up_proj")], axis=1)
+        for part, stack in stacks.items():
+            parameters[f"{experts}.{part}"] = stack
+
+
+def _hf_name(name: str) -> str:
+    """A tensor's name inside transformers 5, which renames some families while it loads them."""
+    name = re.sub(r"^backbone\.", "model.", name).replace(".block_sparse_moe.", ".mlp.")
+    return re.sub(r"^model\.embedding\.", "model.embeddings.", name)
+
+
 def dequantize(directory: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """float32 parameters by HF name, and by module name the factors its input is multiplied by (AWQ)."""
-    tensors = read_tensors(directory)
+    tensors = {_hf_name(name): tensor for name, tensor in read_tensors(directory).items() if not UNUSED.match(name)}
+    _unpack_stacked(tensors)
     modules: dict[str, dict[str, tuple[np.ndarray, str]]] = {}
     parameters = {}
     for name, (array, dtype) in tensors.items():
@@ -112,11 +147,20 @@ def dequantize(directory: Path) -> tuple[dict[str, np.ndarray], dict[str, np.nda
             case unknown:
                 raise ValueError(f"{directory}: {module} has the tensors {unknown}, an unknown layout")
         parameters[f"{module}.weight"] = weight
+    _stack_experts(parameters)
     return parameters, input_factors
 
 
 def _multiply_input_by(factor: torch.Tensor) -> Callable:
     return lambda module, inputs: (inputs[0] * factor,)
+
+
+def without_dt_floor(model: torch.nn.Module) -> torch.nn.Module:
+    """`model`, its Mamba mixers as they are defined: HF bounds dt from below by time_step_min, in prefill only."""
+    for module in model.modules():
+        if hasattr(module, "time_step_limit"):
+            module.time_step_limit = (0.0, float("inf"))
+    return model
 
 
 def load_reference_model(directory: Path) -> torch.nn.Module:
@@ -130,11 +174,15 @@ def load_reference_model(directory: Path) -> torch.nn.Module:
     parameters, input_factors = dequantize(directory)
     missing, unexpected = model.load_state_dict(
         {name: torch.from_numpy(array) for name, array in parameters.items()}, strict=False)
-    tied = ["lm_head.weight"] if config.tie_word_embeddings else []
+    text = config.get_text_config()
+    missing = [name for name in missing if not UNUSED.match(name)]
+    if getattr(text, "num_kv_shared_layers", 0):              # hub files keep what the sharing layers do not use
+        unexpected = [name for name in unexpected if not re.search(r"\.self_attn\.[kv]_(proj|norm)\.", name)]
+    tied = ["lm_head.weight"] if text.tie_word_embeddings else []
     assert not unexpected and missing in ([], tied), (missing, unexpected)
     for module, factor in input_factors.items():
         model.get_submodule(module).register_forward_pre_hook(_multiply_input_by(torch.from_numpy(factor)))
-    return model
+    return without_dt_floor(model)
 
 
 @torch.no_grad()
@@ -168,3 +216,37 @@ def smallest_gap(greedy_logits: np.ndarray) -> float:
     """The smallest distance between the two largest logits of any greedy step."""
     top = np.sort(greedy_logits, axis=-1)
     return float((top[:, -1] - top[:, -2]).min())
+
+
+@torch.no_grad()
+def smallest_routing_gap(model: torch.nn.Module, ids: list[int]) -> float | None:
+    """By how much the last chosen expert (or group) leads the first one left out, at the closest of all choices.
+
+    In standard deviations of the router's scores; None for a model without experts.
+    """
+    gaps = []
+
+    def lead(scores: torch.Tensor, kept: int) -> None:
+        if kept < scores.shape[1]:
+            ranked = scores.sort(dim=1, descending=True).values
+            gaps.append(float(((ranked[:, kept - 1] - ranked[:, kept]) / scores[scores > -torch.inf].std()).min()))
+
+    def watch(router: torch.nn.Module, _: object, output: tuple[torch.Tensor, ...]) -> None:
+        scores, chosen = output[0], output[2]
+        if type(router).__name__ == "Gemma4TextRouter":       # it returns probabilities, the others logits
+            scores = scores.log()
+        if hasattr(router, "e_score_correction_bias"):
+            scores = scores.sigmoid() + router.e_score_correction_bias
+            grouped = scores.unflatten(1, (router.num_group, -1))
+            best_two = grouped.topk(2, dim=2).values.sum(2)
+            lead(best_two, router.topk_group)
+            kept = torch.zeros_like(best_two).scatter(1, best_two.topk(router.topk_group).indices, 1)
+            scores = grouped.masked_fill(kept[:, :, None] == 0, -torch.inf).flatten(1)
+        lead(scores, chosen.shape[1])
+
+    hooks = [module.register_forward_hook(watch) for module in model.modules()
+             if type(module).__name__.endswith("Router")]
+    model(torch.tensor([ids]), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return min(gaps, default=None)

@@ -2,6 +2,8 @@
 
     python scripts/export_checkpoints.py llama-modelopt-fp8 OUT     # or --all OUT, or --list
 
+Those of the dense families; export_moe_checkpoints.py makes the others by the same means.
+
 Each directory holds the exporter's own files (config, tokenizer, safetensors) and reference/: the logits of
 Hugging Face transformers in float32 over weights that checkpoint_oracle.py dequantized. The checkpoints in
 the tree were made with torch 2.13.0, transformers 5.17.0, nvidia-modelopt 0.47.0, llmcompressor 0.14.0.1,
@@ -16,18 +18,20 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
-from checkpoint_oracle import dequantize, load_reference_model, reference_outputs, smallest_gap
+from checkpoint_oracle import (
+    dequantize, load_reference_model, reference_outputs, smallest_gap, smallest_routing_gap, without_dt_floor)
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast)
 
 TEXT = """\
 A block of sixteen numbers shares one scale, and the scale is itself a small number of eight bits. Most of
@@ -46,13 +50,14 @@ limit and arithmetic is free. If you multiply it by a hundred vectors, it is the
 cases matter, because a prompt arrives all at once, but an answer leaves one word at a time."""
 WORDS = TEXT.split()
 MIN_GAP, MIN_DISTINCT, LOGIT_STD = 0.15, 6, 3.0
+MIN_ROUTING_GAP = 0.02        # of the router scores' standard deviation: what reduced precision may not flip
 
 
 # ---- tokenizers: three published kinds, trained on TEXT --------------------------------------------------
 
-def _byte_level_bpe(size: int, specials: list[str], pattern: str,
-                    normalizer: normalizers.Normalizer | None = None) -> Tokenizer:
-    """A byte-level BPE tokenizer of `size` ids whose last ids are `specials`."""
+def byte_level_bpe(size: int, specials: list[str], pattern: str,
+                   normalizer: normalizers.Normalizer | None = None, first: Sequence[str] = ()) -> Tokenizer:
+    """A byte-level BPE tokenizer of `size` ids whose first ids are `first` and last ones `specials`."""
     tokenizer = Tokenizer(models.BPE())
     if normalizer is not None:
         tokenizer.normalizer = normalizer
@@ -61,13 +66,31 @@ def _byte_level_bpe(size: int, specials: list[str], pattern: str,
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=size - len(specials), show_progress=False,
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+                                  special_tokens=list(first))
     tokenizer.train_from_iterator(TEXT.split("\n"), trainer)
     tokenizer.add_special_tokens(specials)
     return tokenizer
 
 
-def _with_bos(tokenizer: Tokenizer, bos: str) -> Tokenizer:
+def byte_fallback_bpe(size: int, specials: list[str], words: pre_tokenizers.PreTokenizer) -> Tokenizer:
+    """A BPE tokenizer of `size` ids with `▁` for a space: `specials`, a piece for each byte, then merges of `words`."""
+    fallback = [f"<0x{byte:02X}>" for byte in range(256)]
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = words
+    trained.train_from_iterator(TEXT.split("\n"), trainers.BpeTrainer(
+        vocab_size=size - len(specials) - len(fallback), show_progress=False))
+    bpe = json.loads(trained.to_str())["model"]
+    pieces = specials + fallback + sorted(bpe["vocab"], key=bpe["vocab"].get)
+    tokenizer = Tokenizer(models.BPE(
+        vocab={piece: i for i, piece in enumerate(pieces)},
+        merges=[tuple(merge) for merge in bpe["merges"]],
+        unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.add_special_tokens(specials)
+    return tokenizer
+
+
+def with_bos(tokenizer: Tokenizer, bos: str) -> Tokenizer:
     """`tokenizer`, putting `bos` in front of every text."""
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, tokenizer.token_to_id(bos))])
@@ -81,7 +104,7 @@ def llama_tokenizer(size: int) -> PreTrainedTokenizerFast:
     pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
     return PreTrainedTokenizerFast(
-        tokenizer_object=_with_bos(_byte_level_bpe(size, specials, pattern), specials[0]),
+        tokenizer_object=with_bos(byte_level_bpe(size, specials, pattern), specials[0]),
         bos_token=specials[0], eos_token=specials[4], model_max_length=1024,
         clean_up_tokenization_spaces=False,
         chat_template="{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}"
@@ -96,7 +119,7 @@ def qwen_tokenizer(size: int) -> PreTrainedTokenizerFast:
     pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
     return PreTrainedTokenizerFast(
-        tokenizer_object=_byte_level_bpe(size, specials, pattern, normalizers.NFC()),
+        tokenizer_object=byte_level_bpe(size, specials, pattern, normalizers.NFC()),
         pad_token=specials[0], eos_token=specials[2], model_max_length=1024,
         clean_up_tokenization_spaces=False,
         chat_template="{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
@@ -105,24 +128,12 @@ def qwen_tokenizer(size: int) -> PreTrainedTokenizerFast:
 
 def mistral_tokenizer(size: int) -> PreTrainedTokenizerFast:
     """Mistral's first kind: SentencePiece-like BPE with byte fallback, `▁` for a space, [INST] turns."""
-    specials = ["<unk>", "<s>", "</s>"]
-    fallback = [f"<0x{byte:02X}>" for byte in range(256)]
-    trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.Metaspace()
-    trained.train_from_iterator(TEXT.split("\n"), trainers.BpeTrainer(
-        vocab_size=size - len(specials) - len(fallback), show_progress=False))
-    bpe = json.loads(trained.to_str())["model"]
-    pieces = specials + fallback + sorted(bpe["vocab"], key=bpe["vocab"].get)
-    tokenizer = Tokenizer(models.BPE(
-        vocab={piece: i for i, piece in enumerate(pieces)},
-        merges=[tuple(merge) for merge in bpe["merges"]],
-        unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer = byte_fallback_bpe(size, ["<unk>", "<s>", "</s>"], pre_tokenizers.Metaspace())
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence([
         decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    tokenizer.add_special_tokens(specials)
     return PreTrainedTokenizerFast(
-        tokenizer_object=_with_bos(tokenizer, "<s>"), unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        tokenizer_object=with_bos(tokenizer, "<s>"), unk_token="<unk>", bos_token="<s>", eos_token="</s>",
         model_max_length=1024, clean_up_tokenization_spaces=False,
         chat_template="{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
                       "[INST] {{ m['content'] }} [/INST]{% elif m['role'] == 'assistant' %}"
@@ -136,6 +147,9 @@ TOKENIZERS = {"llama": llama_tokenizer, "mistral": mistral_tokenizer, "qwen2": q
 
 
 # ---- the model before quantization -----------------------------------------------------------------------
+
+Normal = Callable[..., torch.Tensor]      # a shape -> independent standard normal numbers
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -151,20 +165,44 @@ class Recipe:
     imitated: str = ""                    # why no tool wrote these files as they are
     own_values: bool = True               # False: the files do not hold the source model's values
     eos: list[str] = field(default_factory=list)
+    sampling: dict = field(default_factory=lambda: {"temperature": 0.6, "top_p": 0.9})
+    tokenizer: Callable[[int], PreTrainedTokenizerFast] | None = None            # None: by model_type
+    fill: Callable[[str, torch.Tensor, Normal], bool] = lambda *_: False         # True: it filled this tensor
 
 
 def float32_model(config: PreTrainedConfig) -> torch.nn.Module:
     """The architecture of `config` with eager attention, its weights not yet meaningful."""
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    return without_dt_floor(model)
+
+
+def fill_matrix(weight: torch.Tensor, gain: float, normal: Normal) -> None:
+    """Rows and blocks of unequal size, one block of zeros; outputs have `gain` times the size of inputs."""
+    rows, columns = weight.shape
+    row_size = (0.4 * normal(rows, 1)).exp()
+    block_size = (0.4 * normal(rows, columns // 16)).exp()
+    weight.copy_(normal(rows, columns) * gain / columns**0.5 * row_size * block_size.repeat_interleave(16, 1))
+    weight[min(3, rows - 1), 16:32] = 0
+
+
+def final_norm(model: torch.nn.Module) -> torch.nn.Module:
+    """The norm in front of the head."""
+    names = {"model.norm", "model.norm_f", "model.language_model.norm"}
+    return next(module for name, module in model.named_modules() if name in names)
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> torch.nn.Module:
-    """A random model in recipe.dtype: rows and blocks of unequal size, one block of zeros per weight."""
+    """A random model in recipe.dtype whose logits have the standard deviation LOGIT_STD."""
     eos = [tokenizer.convert_tokens_to_ids(token) for token in recipe.eos] or tokenizer.eos_token_id
-    config = AutoConfig.for_model(
-        recipe.model_type, **{"vocab_size": 320, "num_hidden_layers": 2, "max_position_embeddings": 1024,
-                              "bos_token_id": tokenizer.bos_token_id, "eos_token_id": eos,
-                              "pad_token_id": None, "rms_norm_eps": 1e-5} | recipe.config)
+    defaults = {"vocab_size": 320, "num_hidden_layers": 2, "max_position_embeddings": 1024,
+                "bos_token_id": tokenizer.bos_token_id, "eos_token_id": eos, "pad_token_id": None,
+                "rms_norm_eps": 1e-5}
+    if "text_config" in recipe.config:
+        settings = recipe.config | {"text_config": defaults | recipe.config["text_config"]}
+    else:
+        known = CONFIG_MAPPING[recipe.model_type]
+        settings = {key: value for key, value in defaults.items() if hasattr(known, key)} | recipe.config
+    config = AutoConfig.for_model(recipe.model_type, **settings)
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -172,34 +210,35 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int) -
 
     model = float32_model(config)
     config.architectures = [type(model).__name__]
+    saved = model.state_dict().keys()
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in saved]
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, tensor in [*model.named_parameters(), *buffers]:
+            if recipe.fill(name, tensor, normal):
+                continue
             if name.endswith("bias"):
-                parameter.copy_(0.5 * normal(*parameter.shape))
-            elif parameter.ndim == 1:
-                parameter.copy_(1 + 0.2 * normal(*parameter.shape))
-            elif "embed_tokens" in name:
-                parameter.copy_(0.5 * normal(*parameter.shape))
+                tensor.copy_(0.5 * normal(*tensor.shape))
+            elif tensor.ndim == 1:
+                tensor.copy_(1 + 0.2 * normal(*tensor.shape))
+            elif "embed" in name:
+                tensor.copy_(0.5 * normal(*tensor.shape))
             else:
-                rows, columns = parameter.shape
-                gain = 2.0 if "down_proj" in name or "v_proj" in name else 1.2
-                row_size = (0.4 * normal(rows, 1)).exp()
-                block_size = (0.4 * normal(rows, columns // 16)).exp()
-                parameter.copy_(normal(rows, columns) * gain / columns**0.5
-                                * row_size * block_size.repeat_interleave(16, 1))
-                parameter[3, 16:32] = 0
-        probe = torch.randint(0, config.vocab_size, (8, 24), generator=generator)
-        model.model.norm.weight.mul_(LOGIT_STD / model(probe).logits.std())
+                fill_matrix(tensor, 2.0 if "down_proj" in name or "v_proj" in name else 1.2, normal)
+        probe = torch.randint(0, config.get_text_config().vocab_size, (8, 24), generator=generator)
+        factor = 0.0
+        while abs(factor - 1) > 0.02:                         # once, but for logits under a soft cap
+            factor = LOGIT_STD / model(probe).logits.std()
+            final_norm(model).weight.mul_(factor)
     generation = model.generation_config
     generation.bos_token_id, generation.eos_token_id = tokenizer.bos_token_id, eos
     if isinstance(eos, list):
-        generation.do_sample, generation.temperature, generation.top_p = True, 0.6, 0.9
+        generation.update(do_sample=True, **recipe.sampling)
     return model.to(recipe.dtype)
 
 
 def calibration_ids(model: torch.nn.Module) -> torch.Tensor:
     """int64 [16, 32]: random tokens. Activation scales are not part of what is tested."""
-    return torch.randint(0, model.config.vocab_size, (16, 32), generator=torch.Generator().manual_seed(99))
+    return torch.randint(0, model.config.get_text_config().vocab_size, (16, 32), generator=torch.Generator().manual_seed(99))
 
 
 # ---- exporters -------------------------------------------------------------------------------------------
@@ -217,7 +256,7 @@ def fake_quantize_on_cpu(inputs: torch.Tensor, block_size: int, amax: torch.Tens
 
 
 def modelopt(preset: str, *, quantize_head: bool = False, shard_size: str = "1GB") -> Callable:
-    """NVIDIA ModelOpt: mtq.quantize with a preset, then export_hf_checkpoint."""
+    """NVIDIA ModelOpt: mtq.quantize with a preset or one of its recipe files, then export_hf_checkpoint."""
     def export(model: torch.nn.Module, out: Path, tokenizer: PreTrainedTokenizerFast) -> None:
         import modelopt.torch.quantization as mtq
         from modelopt.torch.export import export_hf_checkpoint
@@ -225,7 +264,11 @@ def modelopt(preset: str, *, quantize_head: bool = False, shard_size: str = "1GB
 
         if not torch.cuda.is_available():
             tensor_quant.dynamic_block_quantize_op = fake_quantize_on_cpu
-        config = copy.deepcopy(getattr(mtq, preset))
+        if preset.endswith(".yaml"):
+            from modelopt.recipe import load_recipe
+            config = load_recipe(preset).quantize.model_dump()
+        else:
+            config = copy.deepcopy(getattr(mtq, preset))
         if quantize_head:
             config["quant_cfg"] = [rule for rule in config["quant_cfg"]
                                    if "lm_head" not in rule["quantizer_name"]]
@@ -234,7 +277,7 @@ def modelopt(preset: str, *, quantize_head: bool = False, shard_size: str = "1GB
     return export
 
 
-def compressed_tensors(schemes: dict[str, list[str]]) -> Callable:
+def compressed_tensors(schemes: dict[str, list[str]], ignore: Sequence[str] = ("lm_head",)) -> Callable:
     """llm-compressor: one QuantizationModifier with a scheme for each list of targets."""
     def export(model: torch.nn.Module, out: Path, tokenizer: PreTrainedTokenizerFast) -> None:
         from compressed_tensors.quantization import preset_name_to_scheme
@@ -250,7 +293,7 @@ def compressed_tensors(schemes: dict[str, list[str]]) -> Callable:
             tokenizer.save_pretrained(source)
             model = AutoModelForCausalLM.from_pretrained(source, dtype=model.dtype)
             oneshot(model=model, processor=tokenizer,
-                    recipe=QuantizationModifier(config_groups=groups, ignore=["lm_head"]),
+                    recipe=QuantizationModifier(config_groups=groups, ignore=list(ignore)),
                     dataset=Dataset.from_dict({"input_ids": calibration.tolist(),
                                                "attention_mask": torch.ones_like(calibration).tolist()}),
                     num_calibration_samples=len(calibration), max_seq_length=calibration.shape[1])
@@ -471,17 +514,17 @@ def check_against_source(out: Path, source: dict[str, torch.Tensor]) -> float:
     """The largest relative error (Frobenius) of a dequantized weight; a wrong scale or order exceeds 0.2."""
     parameters, _ = dequantize(out)
     worst = 0.0
-    for name, weight in parameters.items():
-        original = source[name].float().numpy()
+    for name in parameters.keys() & source.keys():            # load_reference_model finds what is missing
+        weight, original = parameters[name], source[name].float().numpy()
         worst = max(worst, float(np.linalg.norm(weight - original) / np.linalg.norm(original)))
     assert worst < 0.2, f"{out.name}: a dequantized weight is {worst:.2f} away from what was exported"
     return worst
 
 
-def make(name: str, root: Path, attempts: int = 20) -> None:
-    """Writes root/name, trying seeds until greedy decoding is decided by at least MIN_GAP at every step."""
-    recipe, out = RECIPES[name], root / name
-    tokenizer = TOKENIZERS[recipe.model_type](recipe.tokenizer_size)
+def make(name: str, recipe: Recipe, root: Path, attempts: int = 20) -> None:
+    """Writes root/name, trying seeds until tokens and experts are chosen by enough of a margin at every step."""
+    out = root / name
+    tokenizer = (recipe.tokenizer or TOKENIZERS[recipe.model_type])(recipe.tokenizer_size)
     for seed in range(attempts):
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
@@ -499,18 +542,20 @@ def make(name: str, root: Path, attempts: int = 20) -> None:
             outputs = reference_outputs(judge, ids)
             if (smallest_gap(outputs["greedy_logits"]) >= MIN_GAP
                     and len(set(outputs["greedy_ids"].tolist())) >= MIN_DISTINCT):
-                break
+                routing_gap = smallest_routing_gap(judge, [*ids, *outputs["greedy_ids"].tolist()])
+                if routing_gap is None or routing_gap >= MIN_ROUTING_GAP:
+                    break
         else:
             continue
         with torch.no_grad():
             original = unquantized(torch.tensor([ids])).logits[0].numpy()
-        write_reference(out, recipe, text, seed, outputs, original, weight_error)
+        write_reference(out, recipe, text, seed, outputs, original, weight_error, routing_gap)
         return
     raise SystemExit(f"{name}: no seed of {attempts} gave a well-separated greedy answer")
 
 
 def write_reference(out: Path, recipe: Recipe, text: str, seed: int, outputs: dict[str, np.ndarray],
-                    original: np.ndarray, weight_error: float | None) -> None:
+                    original: np.ndarray, weight_error: float | None, routing_gap: float | None) -> None:
     """reference/reference.npz and reference.json."""
     difference = float(outputs.pop("teacher_forced_difference"))
     logits = outputs["prompt_logits"]
@@ -524,6 +569,7 @@ def write_reference(out: Path, recipe: Recipe, text: str, seed: int, outputs: di
         "greedy_ids": outputs["greedy_ids"].tolist(),
         "max_abs_logit": float(np.abs(logits).max()), "logit_std": float(logits.std()),
         "min_greedy_top2_gap": smallest_gap(outputs["greedy_logits"]),
+        **({} if routing_gap is None else {"min_routing_gap_in_standard_deviations": routing_gap}),
         "distinct_greedy_tokens": len(set(outputs["greedy_ids"].tolist())),
         "teacher_forced_vs_stepwise_max_abs_diff": difference,
         "logit_correlation_with_unquantized": float(np.corrcoef(logits.ravel(), original.ravel())[0, 1]),
@@ -531,33 +577,34 @@ def write_reference(out: Path, recipe: Recipe, text: str, seed: int, outputs: di
         "semantics": "float32 CPU HF forward, eager attention, exact dequantization of the files, "
                      "pre_quant_scale applied to inputs of its linears, activations and KV not quantized; "
                      "greedy = argmax, EOS ignored; hidden_last = HF's hidden_states (embedding first, the "
-                     "last row after the final norm)",
+                     "last row after the final norm)"
+                     + ("; Mamba's dt without a lower bound" if recipe.model_type == "nemotron_h" else ""),
         "seed": seed, "exporter": f"{recipe.tool} {version(recipe.tool)}", "versions": tools,
         "real": not recipe.imitated,
         **({"imitated_because": recipe.imitated} if recipe.imitated else {}),
         "odd": recipe.odd})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(recipes: dict[str, Recipe] = RECIPES, description: str = __doc__.splitlines()[0]) -> None:
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("names", nargs="*", metavar="NAME", help="checkpoints, then the output directory")
     parser.add_argument("--all", action="store_true", help="make every checkpoint")
     parser.add_argument("--list", action="store_true", help="print the names and what is odd about each")
     arguments = parser.parse_args()
     if arguments.list:
-        for name, recipe in RECIPES.items():
+        for name, recipe in recipes.items():
             print(f"{name}: {recipe.odd}")
         return
     if not arguments.names:
         parser.error("the output directory is missing")
     *names, root = arguments.names
     for name in names:
-        if name not in RECIPES:
+        if name not in recipes:
             parser.error(f"unknown checkpoint {name}; see --list")
     if not names and not arguments.all:
         parser.error("name a checkpoint, or --all")
-    for name in RECIPES if arguments.all else names:
-        make(name, Path(root))
+    for name in recipes if arguments.all else names:
+        make(name, recipes[name], Path(root))
         print(f"wrote {Path(root) / name}", file=sys.stderr)
 
 

@@ -140,7 +140,7 @@ def make_batch(work: list[tuple[int, int, int]], table: np.ndarray, vocab: int =
     positions = np.concatenate([np.arange(old, old + new) for _, old, new in work]).astype(np.int32)
     return Batch(tokens=(positions * 7 % vocab).astype(np.int32), positions=positions, starts=starts,
                  lengths=np.array([old + new for _, old, new in work], np.int32),
-                 pages=table[[s for s, _, _ in work]], rows=(starts[1:] - 1).astype(np.int32))
+                 pages=table[None, [s for s, _, _ in work]], slots=np.zeros(len(work), np.int32), rows=(starts[1:] - 1).astype(np.int32))
 
 
 ATTENTION = [

@@ -209,7 +209,7 @@ def run_attention(ops, case: AttentionCase, pages=None) -> np.ndarray:
 def test_attention(ops, case: AttentionCase):
     reference = ReferenceOps()
     pages = reference.kv_pages(case.shape, case.batches()[2])
-    expected = run_attention(reference, case, Pages(pages.keys.astype(np.float64), pages.values.astype(np.float64)))
+    expected = run_attention(reference, case, Pages(pages.keys.astype(np.float64), pages.values.astype(np.float64), 0))
     y = run_attention(ops, case)
     # A score is a sum of head_dim products; its error, of random sign, multiplies the weights and so the values.
     score = 8 * np.sqrt(case.head_dim)  # no score here is larger in magnitude

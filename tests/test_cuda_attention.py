@@ -165,21 +165,21 @@ def filled(device, case: AttentionCase) -> tuple[Layer, Batch, np.ndarray]:
 def one_of(batch: Batch, s: int, width: int) -> Batch:
     rows = slice(batch.starts[s], batch.starts[s + 1])
     count = rows.stop - rows.start
-    pages = np.zeros((1, width), np.int32)
-    pages[0, :batch.pages.shape[1]] = batch.pages[s, :width]
+    pages = np.zeros((1, 1, width), np.int32)
+    pages[0, 0, :batch.pages.shape[2]] = batch.pages[0, s, :width]
     return Batch(batch.tokens[rows], batch.positions[rows], np.array([0, count], np.int32),
-                 batch.lengths[s:s + 1], pages, np.array([count - 1], np.int32))
+                 batch.lengths[s:s + 1], pages, np.zeros(1, np.int32), np.array([count - 1], np.int32))
 
 
 def test_a_decoded_row_is_bit_equal_in_any_company(device):
     layer, batch, qkv = filled(device, COMPANY)
     together = layer.run(qkv, batch)
     for s in range(len(batch.lengths)):
-        for width in (batch.pages.shape[1], 256):
+        for width in (batch.pages.shape[2], 256):
             assert (layer.run(qkv[s:s + 1], one_of(batch, s, width)) == together[s]).all()
     mixed = AttentionCase(COMPANY.sequences + ((0, 50),), 8, 2, 64, norm=True)
     layer, batch, _ = filled(device, mixed)
-    alone = [layer.run(qkv[s:s + 1], one_of(batch, s, batch.pages.shape[1])) for s in range(8)]
+    alone = [layer.run(qkv[s:s + 1], one_of(batch, s, batch.pages.shape[2])) for s in range(8)]
     company = layer.run(np.concatenate([qkv, random_qkv(mixed, 50, 3)]), batch)
     assert (company[:8] == np.concatenate(alone)).all()
 
@@ -188,7 +188,7 @@ def test_a_decoded_row_is_bit_equal_in_any_company(device):
 def test_deterministic_attention_does_not_depend_on_chunks(device, window):
     case = AttentionCase(((0, 333),), 6, 2, 64, window=window, norm=True)
     _, whole, num_pages = case.batches()
-    qkv, table = random_qkv(case, 333, 4), whole.pages
+    qkv, table = random_qkv(case, 333, 4), whole.pages[0]
     at_once = Layer(device, case, num_pages).run(qkv, whole, deterministic=True)
     layer, parts = Layer(device, case, num_pages), []
     for begin, end in ((0, 70), (70, 71), (71, 200), (200, 201), (201, 332), (332, 333)):
@@ -203,14 +203,14 @@ def test_padded_rows_are_harmless(device, lengths):
     alone = layer.run(
         qkv[:2],
         dataclasses.replace(batch, tokens=batch.tokens[:2], positions=batch.positions[:2],
-                            starts=batch.starts[:3], lengths=batch.lengths[:2], pages=batch.pages[:2],
-                            rows=batch.rows[:2]))
+                            starts=batch.starts[:3], lengths=batch.lengths[:2], pages=batch.pages[:, :2],
+                            slots=batch.slots[:2], rows=batch.rows[:2]))
     padded = dataclasses.replace(batch, tokens=batch.tokens[:4],
                                  positions=np.array([*batch.positions[:2], 0, 0], np.int32),
                                  starts=batch.starts[:5], lengths=np.array([*batch.lengths[:2], *lengths],
                                                                            np.int32),
-                                 pages=np.concatenate([batch.pages[:2],
-                                                       0 * batch.pages[:2]]), rows=batch.rows[:4])
+                                 pages=np.concatenate([batch.pages[:, :2], 0 * batch.pages[:, :2]], axis=1),
+                                 slots=batch.slots[:4], rows=batch.rows[:4])
     for deterministic in (False, True):
         got = layer.run(qkv[:4], padded, deterministic=deterministic)
         assert np.isfinite(got).all()
@@ -268,10 +268,10 @@ def test_embedding(device, kind: str, tied: bool, width: int):
 def test_advance(device):
     from fp4rt.ops.cuda.batch import advance, put_batch
 
-    pages = np.array([[3, 4], [0, 0], [5, 0], [6, 7]], np.int32)
+    pages = np.array([[[3, 4], [0, 0], [5, 0], [6, 7]]], np.int32)
     batch = Batch(np.zeros(4, np.int32), np.array([63, 0, 63, 2 * PAGE_TOKENS - 1], np.int32),
                   np.arange(5, dtype=np.int32), np.array([64, 1, 64, 2 * PAGE_TOKENS], np.int32), pages,
-                  np.arange(4, dtype=np.int32))
+                  np.zeros(4, np.int32), np.arange(4, dtype=np.int32))
     on_device = put_batch(device, batch)
     advance(device, on_device, device.upload(np.array([9, 8, -1, 7], np.int32)))
     advance(device, on_device, device.upload(np.array([10, 11, 12, 13], np.int32)))

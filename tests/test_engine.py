@@ -67,7 +67,7 @@ def test_preempted_sequences_give_the_same_tokens(llm: fp4rt.LLM):
     batch = [np.random.default_rng(i).integers(0, 1000, 100).tolist() for i in range(5)]
     expected = [llm.generate(prompt, greedy(200))[0].ids for prompt in batch]
     assert [output.ids for output in llm.generate(batch, greedy(200))] == expected
-    assert llm.engine.cache.free_pages == llm.engine.cache.num_pages
+    assert llm.engine.cache.empty
 
 
 def test_pages_are_free_after_an_abandoned_stream(llm: fp4rt.LLM):
@@ -76,7 +76,7 @@ def test_pages_are_free_after_an_abandoned_stream(llm: fp4rt.LLM):
     with pytest.raises(fp4rt.Fp4rtError, match="still open"):
         llm.generate([1, 2])
     stream.close()
-    assert llm.engine.cache.free_pages == llm.engine.cache.num_pages
+    assert llm.engine.cache.empty
     assert llm.generate([5, 6, 7], greedy(3))[0].finish_reason == "length"
 
 
@@ -90,7 +90,7 @@ def test_a_conversation_keeps_what_it_remembers(llm: fp4rt.LLM):
                 {"role": "user", "content": "and the next"}]
     assert llm.chat(messages, greedy(6)).text == second
     session.forget()
-    assert llm.engine.cache.free_pages == llm.engine.cache.num_pages
+    assert llm.engine.cache.empty
 
 
 @pytest.mark.parametrize("prompt, message", [

@@ -41,7 +41,7 @@ def command(model: str, prompt_tokens: int, max_tokens: int, batch: int, repeat:
             raise Fp4rtError("request", f"--prompt-tokens and --max-tokens are {prompt_tokens + max_tokens} together; "
                              f"the context holds {llm.max_model_len}")
         figures = measure(llm, prompt_tokens, max_tokens, batch, repeat, show=sys.stderr.isatty() and not quiet)
-        step = llm.step_bytes + batch * kv_bytes(llm) * (prompt_tokens + max_tokens / 2)
+        step = llm.step_bytes + batch * llm.engine.cache.plan.read_bytes(prompt_tokens + max_tokens / 2)
         found = {"model": model, "device": llm.ops.device, "prompt_tokens": prompt_tokens, "max_tokens": max_tokens,
                  "batch": batch, "repeat": repeat, "load_seconds": llm.load_seconds, **figures,
                  "weight_bytes": llm.weight_bytes, "step_bytes": round(step), "peak_memory_bytes": peak_memory(llm)}
@@ -92,14 +92,6 @@ def measure(llm: LLM, prompt_tokens: int, max_tokens: int, batch: int, repeat: i
             samples["first_token"].append(llm.timing.first_token - llm.timing.started)
     return {name: {"median": statistics.median(values), "min": min(values), "max": max(values)}
             for name, values in samples.items()}
-
-
-def kv_bytes(llm: LLM) -> float:
-    """Bytes of keys and values of one token."""
-    from fp4rt.batch import PAGE_TOKENS
-
-    cache = llm.engine.cache
-    return cache.nbytes / (cache.num_pages + 1) / PAGE_TOKENS
 
 
 def peak_memory(llm: LLM) -> int | None:

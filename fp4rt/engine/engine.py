@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fp4rt.batch import Batch
-from fp4rt.cache import Cache, pages_for
+from fp4rt.cache import Cache
 from fp4rt.engine.scheduler import Scheduler
 from fp4rt.engine.sequence import Sequence
 from fp4rt.errors import Fp4rtError
@@ -21,10 +21,10 @@ LEASE = 256  # decode steps that run on pages and settings put on the device onc
 
 def make_batch(step: list[tuple[Sequence, int]], rows: list[int], size: int | None = None,
                table_width: int | None = None) -> Batch:
-    """The Batch of a planned step; padded to `size` one-token sequences on page 0 and to a page table's width."""
+    """The Batch of a planned step; padded to `size` one-token sequences on page 0 and to the page tables' width."""
     size = size or len(step)
-    width = table_width or max(len(sequence.pages) for sequence, _ in step)
-    pages = np.zeros((size, width), np.int32)
+    width = table_width or max(len(pages) for sequence, _ in step for pages in sequence.held.pages)
+    pages = np.zeros((len(step[0][0].held.pages), size, width), np.int32)
     tokens, positions, lengths = [], [], []
     starts = [0]
     for s, (sequence, count) in enumerate(step):
@@ -33,12 +33,13 @@ def make_batch(step: list[tuple[Sequence, int]], rows: list[int], size: int | No
         positions += range(first, first + count)
         lengths.append(first + count)
         starts.append(starts[-1] + count)
-        used = min(len(sequence.pages), width)
-        pages[s, :used] = sequence.pages[:used]
+        for group, held in enumerate(sequence.held.pages):
+            pages[group, s, :len(held)] = held
     padded = size - len(step)
     starts += range(starts[-1] + 1, starts[-1] + padded + 1)
     return Batch(*(np.array(values, np.int32) for values in (
         tokens + [0] * padded, positions + [0] * padded, starts, lengths + [1] * padded)), pages,
+        np.array([sequence.held.slot for sequence, _ in step] + [0] * padded, np.int32),
         np.array(rows + list(range(len(tokens), len(tokens) + padded)), np.int32))
 
 
@@ -116,7 +117,8 @@ class Engine:
         """Steps of one token for each sequence, until one of them ends or its pages run out."""
         steps = min(LEASE, max(sequence.remaining for sequence in sequences))
         lease = [(sequence, min(len(sequence.ids) + steps, sequence.limit)) for sequence in sequences]
-        if sum(pages_for(tokens) - len(s.pages) for s, tokens in lease) > self.cache.free_pages:
+        missing = [self.cache.missing(s.held, tokens) for s, tokens in lease]
+        if not self.cache.fits([sum(group) for group in zip(*missing)]):
             steps, lease = 1, [(sequence, len(sequence.ids)) for sequence in sequences]
         for sequence, tokens in lease:
             self.scheduler.grow(sequence, tokens)
@@ -140,7 +142,7 @@ class Engine:
         """The recorded step for this many sequences and pages, filled with these."""
         exact = self.ops.lookahead == 0  # nothing is captured: padding would only cost
         size = len(sequences) if exact else _power_of_two(len(sequences))
-        pages = max(len(sequence.pages) for sequence in sequences)
+        pages = max(len(pages) for sequence in sequences for pages in sequence.held.pages)
         width = pages if exact else _power_of_two(max(pages, 16))
         greedy = all(s.sampling.temperature == 0 for s in sequences)
         key = (size, width, greedy)
@@ -161,9 +163,13 @@ class Engine:
     def _not_finite(self, sequence: Sequence) -> Fp4rtError:
         """Run the sequence again, layer by layer, to say which one first left the numbers."""
         position = sequence.remembered - 1
+        self.cache.give_back(sequence.held)
+        self.cache.take_slot(sequence.held)
         sequence.remembered = 0
         while sequence.remembered <= position:
             count = min(self.ops.step_tokens, position + 1 - sequence.remembered)
+            self.cache.trim(sequence.held, sequence.remembered)
+            self.cache.grow(sequence.held, sequence.remembered + count)
             batch = self.ops.batch(make_batch([(sequence, count)], [count - 1]))
             for name, h in self.model.residuals(batch, self.cache.layers):
                 if not self.ops.is_finite(h):
@@ -178,15 +184,16 @@ class Engine:
         """Float32 [len(ids), vocab_size]: every position's logits, in chunks that bound the memory they take."""
         if self.scheduler.busy:
             raise Fp4rtError("request", "logits cannot be asked for while sequences are being generated")
-        if pages_for(len(ids)) > self.cache.free_pages:
-            raise Fp4rtError("memory", f"{len(ids)} tokens do not fit: {self.cache.free_pages} pages of K/V are free")
-        pages = self.cache.take(pages_for(len(ids)))
-        sequence = Sequence(list(ids), None, 0, frozenset(), len(ids), pages=pages)
+        sequence = Sequence(list(ids), None, 0, frozenset(), len(ids))
+        self.cache.take_slot(sequence.held)
         chunk = min(self.ops.step_tokens, self.scheduler.max_sequences)
         parts = []
         try:
             while sequence.remembered < len(ids):
                 count = min(chunk, len(ids) - sequence.remembered)
+                self.cache.trim(sequence.held, sequence.remembered)
+                if not self.cache.grow(sequence.held, sequence.remembered + count):
+                    raise Fp4rtError("memory", f"{len(ids)} tokens do not fit the K/V that is free now")
                 batch = self.ops.batch(make_batch([(sequence, count)], list(range(count))))
                 part = self.ops.fetch(self.model(batch, self.cache.layers)).result()
                 sequence.remembered += count
@@ -194,5 +201,5 @@ class Engine:
                     raise self._not_finite(sequence)
                 parts.append(part)
         finally:
-            self.cache.give_back(pages)
+            self.cache.give_back(sequence.held)
         return np.concatenate(parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from fp4rt.cache import Cache, pages_for
+from fp4rt.cache import Cache
 from fp4rt.engine.sequence import Sequence
 from fp4rt.errors import Fp4rtError
 
@@ -39,19 +39,19 @@ class Scheduler:
             self.running.remove(sequence)
         if sequence in self.waiting:
             self.waiting.remove(sequence)
-        if not sequence.keep_pages:
-            self.cache.give_back(sequence.pages)
+        if sequence.keep:
+            self.cache.give_back_slot(sequence.held)
+        else:
+            self.cache.give_back(sequence.held)
 
     def grow(self, sequence: Sequence, tokens: int) -> bool:
         """Give a running sequence pages for its first `tokens` tokens, preempting newer ones; False if it had to go."""
-        while (missing := pages_for(tokens) - len(sequence.pages)) > 0:
-            if missing <= self.cache.free_pages:
-                sequence.pages += self.cache.take(missing)
-                break
+        self.cache.trim(sequence.held, sequence.remembered)
+        while not self.cache.grow(sequence.held, tokens):
             if self.running[-1] is self.running[0]:
                 raise Fp4rtError("memory", f"{tokens} tokens do not fit the K/V cache of {self.cache.tokens} tokens")
             newest = self.running.pop()
-            self.cache.give_back(newest.pages)
+            self.cache.give_back(newest.held)
             newest.remembered = 0
             self.waiting.appendleft(newest)
             if newest is sequence:
@@ -70,9 +70,11 @@ class Scheduler:
             budget -= self._prefill(sequence, budget, step)
         while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
             head = self.waiting[0]
-            if pages_for(len(head.ids)) - len(head.pages) > self.cache.free_pages and self.running:
+            first = min(len(head.ids), head.remembered + self.step_tokens)
+            if self.running and not self.cache.fits(self.cache.missing(head.held, first)):
                 break
             self.running.append(self.waiting.popleft())
+            self.cache.take_slot(head.held)
             budget -= self._prefill(head, budget, step)
         return [(sequence, count) for sequence, count in step if sequence in self.running]
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from fp4rt.cache import Remembered
 from fp4rt.ops import SamplerRow
 from fp4rt.sampling import Sampling
 
 
 @dataclass(eq=False)
 class Sequence:
-    """ids holds the prompt and what was generated; the first `remembered` of them have keys and values in `pages`.
+    """ids holds the prompt and what was generated; the first `remembered` of them are remembered in `held`.
 
     finish_reason: None while it runs, then "stop" (a stop id or stop string) or "length".
     """
@@ -22,8 +23,8 @@ class Sequence:
     limit: int                  # ids may not grow beyond this many
     prompt_length: int = 0
     remembered: int = 0
-    pages: list[int] = field(default_factory=list)
-    keep_pages: bool = False    # a conversation's: what is remembered outlives the run
+    held: Remembered = field(default_factory=Remembered)
+    keep: bool = False          # a conversation's: what is remembered outlives the run
     finish_reason: str | None = None
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ from fp4rt.checkpoint import Scope, Tensor
 from fp4rt.errors import Fp4rtError
 from fp4rt.formats.dense import Dense, to_float32
 from fp4rt.formats.fp8 import Fp8
+from fp4rt.formats.mxfp4 import Mxfp4
 from fp4rt.formats.nvfp4 import BLOCK, Nvfp4, unswizzle
 from fp4rt.formats.weight import Weight
 
@@ -65,9 +66,6 @@ def _block_scales(scope: Scope, suffix: str, n: int, k: int) -> np.ndarray:
     if asked == "swizzled" or (asked == "auto" and swizzled and tensor.shape != linear):
         return _e4m3_scales(tensor, unswizzle(tensor.data.reshape(-1), n, columns))
     if tensor.shape != linear:
-        if tensor.dtype == "U8" and tensor.shape == (n, k // 32):
-            raise _refuse(tensor, "is an E8M0 scale per 32 values (MXFP4), which fp4rt does not read yet",
-                          "use an NVFP4 export")
         raise _refuse(tensor, f"a weight [{n}, {k}] needs block scales {list(linear)}")
     return _e4m3_scales(tensor, tensor.data)
 
@@ -106,6 +104,17 @@ def _block_size(scope: Scope, tensor: Tensor, n: int, k: int, rows: int, columns
     raise _refuse(tensor, f"does not fit an FP8 weight [{n}, {k}] in blocks of 128x128")
 
 
+def _mxfp4(scope: Scope, tensor: Tensor, n: int, k: int, extra: dict) -> Mxfp4:
+    """Codes with E8M0 scales [n, k/32] and no global scale."""
+    scales = scope.tensor("weight_scale")
+    if scales.dtype not in ("U8", "F8_E8M0") or scales.shape != (n, k // 32) or k % 32:
+        raise _refuse(scales, f"packed codes [{n}, {k // 2}] without a global scale beside them need E8M0 scales "
+                              f"[{n}, {k // 32}] (MXFP4), or weight_scale_2 or weight_global_scale (NVFP4)")
+    if scales.data.size and scales.data.max() == 255:
+        raise _refuse(scales, "holds NaN", "the checkpoint is damaged; download or export it again")
+    return Mxfp4(tensor.name, tensor.data, scales.data, **extra)
+
+
 def read_weight(scope: Scope, n: int, k: int, *, bias: bool = False) -> Weight:
     """The linear at `scope`, [n, k] and with a bias or without as the config says.
 
@@ -130,7 +139,6 @@ def read_weight(scope: Scope, n: int, k: int, *, bias: bool = False) -> Weight:
         if tensor.shape != (n, k // 2) or k % BLOCK:
             raise _refuse(tensor, f"the config makes this weight [{n}, {k}], which packs into [{n}, {k // 2}]",
                           "config.json does not belong to these weights")
-        scales = _block_scales(scope, "weight_scale", n, k)
         if scope.has("weight_scale_2"):
             global_scale = _scalar(scope, "weight_scale_2")
         elif scope.has("weight_global_scale"):
@@ -139,8 +147,8 @@ def read_weight(scope: Scope, n: int, k: int, *, bias: bool = False) -> Weight:
                 raise _refuse(scope.tensor("weight_global_scale"), f"is {divisor}, too small to divide by")
             global_scale = float(np.float32(1) / np.float32(divisor))
         else:
-            raise _refuse(tensor, "NVFP4 codes without weight_scale_2 or weight_global_scale beside them")
-        return Nvfp4(tensor.name, tensor.data, scales, global_scale, **extra)
+            return _mxfp4(scope, tensor, n, k, extra)
+        return Nvfp4(tensor.name, tensor.data, _block_scales(scope, "weight_scale", n, k), global_scale, **extra)
 
     if tensor.shape != (n, k):
         raise _refuse(tensor, f"the config makes this weight [{n}, {k}]", "config.json does not belong to these weights")

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from importlib import import_module
+from typing import Any, Protocol
 
-from fp4rt.checkpoint import Checkpoint
+from fp4rt.checkpoint import Checkpoint, Scope
 from fp4rt.config import Config
 from fp4rt.errors import Fp4rtError, shown
-from fp4rt.layers import Decoder, DecoderConfig
+from fp4rt.layers import Decoder, Progress
 from fp4rt.loading import Loader
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+# model_type -> the file that knows it.
+MODEL_TYPES = {"llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3_moe": "qwen3_moe",
+               "mixtral": "mixtral",
+               "gemma4": "gemma4", "gemma4_text": "gemma4", "gemma4_unified": "gemma4", "gemma4_unified_text": "gemma4",
+               "nemotron_h": "nemotron_h", "gpt_oss": "gpt_oss"}
+
+
+class Architecture(Protocol):
+    """What a file of this package offers. `read` returns sizes: at least vocab_size, max_position_embeddings."""
+
+    def read(self, config: Config) -> Any: ...
+
+    def build(self, scope: Scope, source: Config, sizes: Any, load: Loader, max_positions: int,
+              progress: Progress) -> Decoder: ...
+
+    def skipped(self, name: str, sizes: Any) -> str | None:
+        """Why a tensor has no part in generating text; None if it has one (optional; for a vision tower, say)."""
+
 
 # Layouts that look like a supported one but mean something else.
 REFUSED_ALGORITHMS = {
@@ -20,13 +37,19 @@ REFUSED_ALGORITHMS = {
 }
 
 
-def read_config(checkpoint: Checkpoint) -> tuple[Config, DecoderConfig]:
-    """The config as read and as understood. Raises Fp4rtError("checkpoint") for what fp4rt does not run."""
-    config = Config(checkpoint.config, checkpoint.path / "config.json")
+def architecture(config: Config) -> Architecture:
+    """The file that knows this model_type, or an Fp4rtError("checkpoint")."""
     model_type = config.get("model_type")
-    if model_type not in MODEL_TYPES:
+    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
         remote = " and needs code from the repository, which fp4rt does not run" if config.get("auto_map", None) else ""
         raise config.refuse("model_type", f"is {shown(model_type)}{remote}", f"fp4rt runs {', '.join(MODEL_TYPES)}")
+    return import_module(f"fp4rt.models.{MODEL_TYPES[model_type]}")
+
+
+def read_config(checkpoint: Checkpoint) -> tuple[Config, Any]:
+    """The config as read and as understood. Raises Fp4rtError("checkpoint") for what fp4rt does not run."""
+    config = Config(checkpoint.config, checkpoint.path / "config.json")
+    known = architecture(config)
     quantization = checkpoint.quantization
     algorithm = str(quantization.get("quant_algo") or "").upper()
     if algorithm in REFUSED_ALGORITHMS:
@@ -35,24 +58,29 @@ def read_config(checkpoint: Checkpoint) -> tuple[Config, DecoderConfig]:
     if quantization.get("nvfp4_embed"):
         raise config.refuse("quantization_config.nvfp4_embed", "is true",
                             "quantized embeddings are not supported; use an export that keeps them in BF16")
-    return config, import_module(f"fp4rt.models.{model_type}").decoder_config(config)
+    return config, known.read(config)
 
 
 def load_model(checkpoint: Checkpoint, load: Loader, max_positions: int,
-               progress: Callable[[Iterable[int]], Iterable[int]] = lambda items: items) -> Decoder:
+               progress: Progress = lambda items: items) -> Decoder:
     """Read a checkpoint's weights through `load`. No tensor is left unread without a reason, or this raises."""
     config, sizes = read_config(checkpoint)
-    model = Decoder(checkpoint.at(""), config, sizes, load, max_positions, progress)
+    known = architecture(config)
+    model = known.build(checkpoint.at(""), config, sizes, load, max_positions, progress)
+    tied = getattr(sizes, "tie_word_embeddings", False)
+    skipped = getattr(known, "skipped", lambda name, sizes: None)
     for name in checkpoint.unread():
         if name.endswith("rotary_emb.inv_freq"):
             checkpoint.skip(name, "an old export's rotary table, which follows from the config")
         elif name.endswith(("kv_scale", "k_scale", "v_scale")):
             checkpoint.skip(name, "keys and values are not quantized here")
-        elif sizes.tie_word_embeddings and name.startswith("lm_head."):
+        elif tied and name.startswith("lm_head."):
             checkpoint.skip(name, "the head is tied to the embedding")
+        elif reason := skipped(name, sizes):
+            checkpoint.skip(name, reason)
     if left := checkpoint.unread():
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-        raise Fp4rtError("checkpoint", f"{checkpoint.path}: tensor {left[0]}{more} has no place in a "
-                         f"{config.get('model_type')} of {sizes.num_hidden_layers} layers; config.json does not belong "
-                         "to these weights, or the layout is one that fp4rt does not know")
+        raise Fp4rtError("checkpoint", f"{checkpoint.path}: tensor {left[0]}{more} has no place in this "
+                         f"{config.get('model_type')}; config.json does not belong to these weights, or the layout is "
+                         "one that fp4rt does not know")
     return model

@@ -1,9 +1,12 @@
 """Mistral (Jiang et al. 2023): Llama with a sliding window on every layer where the config states one."""
 
-from fp4rt.layers import DecoderConfig
+from fp4rt.layers import DecoderConfig, build_decoder
 from fp4rt.config import Config
 
 
-def decoder_config(config: Config) -> DecoderConfig:
+def read(config: Config) -> DecoderConfig:
     window = config.integer("sliding_window", None)
     return DecoderConfig.read(config, windows=(window,) * config.integer("num_hidden_layers", most=1 << 14))
+
+
+build = build_decoder

@@ -1,6 +1,6 @@
 """Qwen2 and Qwen2.5 (Yang et al. 2024): biases on q, k and v; a sliding window on the upper layers if switched on."""
 
-from fp4rt.layers import DecoderConfig
+from fp4rt.layers import DecoderConfig, build_decoder
 from fp4rt.config import Config
 from fp4rt.errors import shown
 
@@ -22,5 +22,8 @@ def windows(config: Config) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def decoder_config(config: Config) -> DecoderConfig:
+def read(config: Config) -> DecoderConfig:
     return DecoderConfig.read(config, qkv_bias=True, windows=windows(config))
+
+
+build = build_decoder

@@ -26,10 +26,12 @@ Handle = Any  # an array or object that only its backend looks into
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Sizes and constants of one attention layer.
+    """Sizes and constants of one attention layer, and so what it remembers: pages of keys and values.
 
     scale: what q.k is multiplied by. window: how many keys a query sees, itself included; None for all.
     Query head h reads K/V head h // (num_heads // num_kv_heads).
+    values_are_keys: there is no v in the input; the values are the raw keys (Gemma 4's K=V layers).
+    shares: the layer whose pages this one reads instead of writing its own; its input is q alone.
     """
 
     num_heads: int
@@ -37,6 +39,66 @@ class AttentionShape:
     head_dim: int
     scale: float
     window: int | None = None
+    values_are_keys: bool = False
+    shares: int | None = None
+
+    @property
+    def input_width(self) -> int:
+        """Columns of the projection that attention takes: q, then k, then v, as far as they are there."""
+        others = 0 if self.shares is not None else self.num_kv_heads * (1 if self.values_are_keys else 2)
+        return (self.num_heads + others) * self.head_dim
+
+
+@dataclass(frozen=True)
+class MambaShape:
+    """Sizes of one Mamba2 mixer (Dao and Gu 2024), and so its state: convolution inputs and a float32 matrix per head.
+
+    The input projection gives z [inner], xBC [conv_width] and dt [num_heads], in this order.
+    """
+
+    num_heads: int
+    head_dim: int
+    num_groups: int
+    state_size: int
+    conv_kernel: int
+
+    @property
+    def inner(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def conv_width(self) -> int:
+        return self.inner + 2 * self.num_groups * self.state_size
+
+    @property
+    def input_width(self) -> int:
+        return self.inner + self.conv_width + self.num_heads
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How a token chooses `top_k` of its experts and weighs them.
+
+    scoring: "softmax" over all experts, or "sigmoid" of each; a correction bias, where given, is added for choosing
+    only. normalize: the chosen weights are divided by their sum. scaling multiplies them at last. With groups > 1
+    only experts of the groups_kept groups whose two best sum highest can be chosen. Ties go to the lowest index.
+    """
+
+    num_experts: int
+    top_k: int
+    scoring: str = "softmax"
+    normalize: bool = True
+    scaling: float = 1.0
+    groups: int = 1
+    groups_kept: int = 1
+
+
+# What may stand behind a linear. Gated ones take a gate and an up projection, g and u:
+#   "silu"       silu(g) * u                      "gelu_tanh"  gelu(g) * u, with the tanh approximation
+#   "swiglu_oai" g' sigmoid(1.702 g') (u' + 1), g' = min(g, 7), u' = clamp(u, -7, 7)      (gpt-oss)
+# and one that takes one projection:
+#   "relu2"      max(y, 0)^2                      (Nemotron-H)
+ACTIVATIONS = ("silu", "gelu_tanh", "swiglu_oai", "relu2")
 
 
 class Linear(Protocol):
@@ -93,11 +155,23 @@ class Ops(Protocol):
         two parts have equal shapes and will be used as activation(gate) * up. Raises Fp4rtError("memory").
         """
 
+    def expert_weight(self, experts: Sequence[Sequence[Weight]], *, gated: bool = False) -> Linear:
+        """The same linear of every expert, as `linear_weight` takes one: experts[e] are the parts of expert e."""
+
+    def vector(self, values: np.ndarray) -> Handle:
+        """Small float32 numbers that an operation takes as they are: sinks, a router's bias or scale."""
+
     def norm_weight(self, weight: np.ndarray, eps: float) -> Handle:
         """RMSNorm: weight float32 [n]; x * weight / sqrt(mean(x^2) + eps) (Zhang and Sennrich 2019)."""
 
-    def embedding_weight(self, weight: Weight, *, tied_to: Linear | None = None) -> Handle:
-        """The token table [V, d]. `tied_to`: the head made from the same tensor, whose memory is then shared."""
+    def embedding_weight(self, weight: Weight, *, tied_to: Linear | None = None, scale: float = 1.0) -> Handle:
+        """The token table [V, d], its rows multiplied by `scale` when looked up.
+
+        tied_to: the head made from the same tensor (unscaled), whose memory is then shared.
+        """
+
+    def host_embedding_weight(self, weight: Weight, scale: float) -> Handle:
+        """A table [V, n] that stays in host memory (mapped from its file); rows are multiplied by scale."""
 
     def rope_table(self, inv_freq: np.ndarray, attention_factor: float, max_positions: int) -> Handle:
         """Rotary angles (Su et al. 2021): inv_freq float32 [head_dim/2]; cos and sin of position * inv_freq.
@@ -106,8 +180,22 @@ class Ops(Protocol):
         i + head_dim/2 (the half-split layout of published checkpoints).
         """
 
-    def kv_pages(self, shape: AttentionShape, num_pages: int) -> Handle:
-        """Room for the keys and values of one layer: each [num_pages, num_kv_heads, PAGE_TOKENS, head_dim]."""
+    def mamba_weight(self, shape: MambaShape, conv: np.ndarray, conv_bias: np.ndarray, A: np.ndarray, D: np.ndarray,
+                     dt_bias: np.ndarray, norm: np.ndarray, eps: float) -> Handle:
+        """What a mixer holds besides its two linears, float32: conv [conv_width, conv_kernel], conv_bias [conv_width],
+        A (negative), D and dt_bias [num_heads], norm [inner]."""
+
+    def mamba_state(self, shape: MambaShape, num_slots: int) -> Handle:
+        """Room for the state of num_slots sequences; slot 0 is nobody's."""
+
+    def mamba_state_bytes(self, shape: MambaShape) -> int:
+        """Bytes of one slot."""
+
+    def kv_pages(self, shape: AttentionShape, num_pages: int, group: int = 0) -> Handle:
+        """Room for the keys and values of one layer: each [num_pages, num_kv_heads, PAGE_TOKENS, head_dim].
+
+        group: which of the batch's page tables numbers them.
+        """
 
     def kv_page_bytes(self, shape: AttentionShape) -> int:
         """Bytes of one page of one layer, keys and values together."""
@@ -125,20 +213,58 @@ class Ops(Protocol):
         """y = x @ W^T + bias, [T, K] -> [T, N], with its neighbours.
 
         norm: x is the residual stream and is RMS-normed first (without it, x is an activation).
-        activation: "silu" for a gated weight: y = silu(x @ gate^T) * (x @ up^T), [T, N/2].
+        activation: one of ACTIVATIONS; the gated ones halve N.
         residual: returns residual + y (float32); the residual handed in is used up.
         """
 
     def attention(self, qkv: Handle, batch: Handle, pages: Handle, shape: AttentionShape, *, rope: Handle | None,
-                  q_norm: Handle | None = None, k_norm: Handle | None = None) -> Handle:
-        """Causal attention of T new tokens over everything remembered, [T, (H + 2 Hk) hd] -> [T, H hd].
+                  q_norm: Handle | None = None, k_norm: Handle | None = None, v_norm: Handle | None = None,
+                  sinks: Handle | None = None) -> Handle:
+        """Causal attention of T new tokens over everything remembered, [T, input_width] -> [T, H hd].
 
-        Each head of q and k is RMS-normed over head_dim (where given), then rotated; k and v are written to their
-        pages; softmax(scale * q.k) v over positions j <= i, and j > i - window. Scores and softmax in float32.
+        Each head of q, k and v is RMS-normed over head_dim (where given), q and k are then rotated; k and v are
+        written to their pages; softmax(scale * q.k) v over positions j <= i, and j > i - window, in float32.
+        sinks [H]: one more logit per head in the softmax's sum, without a value (gpt-oss).
         """
 
-    def logits(self, h: Handle, batch: Handle, norm: Handle, head: Linear) -> Handle:
-        """Final norm and head on the wanted rows of the residual stream: float32 [R, V]."""
+    def logits(self, h: Handle, batch: Handle, norm: Handle, head: Linear, *, softcap: float | None = None) -> Handle:
+        """Final norm and head on the wanted rows of the residual stream: float32 [R, V]; softcap: c tanh(y / c)."""
+
+    def route(self, x: Handle, router: Linear, routing: Routing, *, norm: Handle | None = None,
+              correction: Handle | None = None, expert_scale: Handle | None = None) -> Handle:
+        """Each token's experts, int32 [T, k], and their weights, float32 [T, k]; x and norm as for `linear`.
+
+        The router's logits are float32. correction [E] is added to the scores for choosing; expert_scale [E]
+        multiplies the weights of the chosen experts at last.
+        """
+
+    def experts(self, x: Handle, choice: Handle, up: Linear, down: Linear, *, activation: str,
+                norm: Handle | None = None, residual: Handle | None = None) -> Handle:
+        """sum over a token's experts e of weight_e * down_e(activation(up_e(x))), [T, d]; `up` is gate and up if gated.
+
+        norm and residual as for `linear`. Only chosen experts are read.
+        """
+
+    def merge(self, residual: Handle, branches: Sequence[tuple[Handle, Handle | None]], *, norm: Handle | None = None,
+              scale: float = 1.0) -> Handle:
+        """(residual + norm(sum of norm_i(x_i))) * scale: what follows a sublayer in models that norm after it."""
+
+    def per_layer_inputs(self, h: Handle, batch: Handle, table: Handle, projection: Linear, norm: Handle) -> Handle:
+        """Gemma 4's per-layer embeddings [T, L, w]: (norm(projection(h) / sqrt(d)) + table[token]) / sqrt(2).
+
+        h is the residual stream after the embedding, taken as it is; norm is over w.
+        """
+
+    def per_layer_gate(self, h: Handle, gate: Linear, inputs: Handle, layer: int) -> Handle:
+        """gelu_tanh(h @ gate^T) * inputs[:, layer], [T, w]; h is the residual stream as it is."""
+
+    def mamba(self, projected: Handle, batch: Handle, state: Handle, weight: Handle, shape: MambaShape) -> Handle:
+        """A Mamba2 mixer between its linears: [T, input_width] -> [T, inner].
+
+        Causal convolution over xBC and SiLU; dt = softplus(dt + dt_bias), not clamped; per head S <- exp(dt A) S +
+        dt x B^T, y = S C + D x, in float32 from the sequence's slot (from zero at position 0) and back into it;
+        then RMSNorm over each of num_groups groups of y * silu(z).
+        """
 
     # -- Tokens -------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from fp4rt.batch import Batch
 from fp4rt.checkpoint import STORAGE, Checkpoint, Tensor
 from fp4rt.errors import Fp4rtError
 from fp4rt.formats import Weight
-from fp4rt.ops import AttentionShape
+from fp4rt.ops import AttentionShape, MambaShape, Routing
 from fp4rt.ops.reference import ReferenceLinear
 from fp4rt.ops.select import check_options, driver_answers, make_ops
 
@@ -97,14 +97,32 @@ class PlanningOps:
     def norm_weight(self, weight: np.ndarray, eps: float) -> None:
         return None
 
-    def embedding_weight(self, weight: Weight, *, tied_to: PlannedLinear | None = None) -> Weight:
+    def embedding_weight(self, weight: Weight, *, tied_to: PlannedLinear | None = None, scale: float = 1.0) -> Weight:
         return weight
 
     def rope_table(self, inv_freq: np.ndarray, attention_factor: float, max_positions: int) -> None:
         self.table_bytes += 2 * 4 * len(inv_freq) * max_positions
 
-    def kv_pages(self, shape: AttentionShape, num_pages: int) -> None:
+    def kv_pages(self, shape: AttentionShape, num_pages: int, group: int = 0) -> None:
         return None
+
+    def expert_weight(self, experts: Sequence[Sequence[Weight]], *, gated: bool = False) -> PlannedLinear:
+        return self.linear_weight([part for expert in experts for part in expert], gated=gated)
+
+    def vector(self, values: np.ndarray) -> None:
+        return None
+
+    def host_embedding_weight(self, weight: Weight, scale: float) -> Weight:
+        return weight
+
+    def mamba_weight(self, shape: MambaShape, *values: Any) -> None:
+        return None
+
+    def mamba_state(self, shape: MambaShape, num_slots: int) -> None:
+        return None
+
+    def mamba_state_bytes(self, shape: MambaShape) -> int:
+        return 4 * (shape.conv_width * (shape.conv_kernel - 1) + shape.inner * shape.state_size)
 
     def batch(self, batch: Batch, into: Any = None) -> Batch:
         return batch
@@ -118,11 +136,32 @@ class PlanningOps:
         normed = Buffer(self, x.rows, x.columns, self._normed_bytes if norm is not None else 0)  # noqa: F841
         return residual or Buffer(self, x.rows, weight.out_features, self._activation_bytes)
 
-    def attention(self, qkv: Buffer, batch: Batch, pages: Any, shape: AttentionShape, *, rope: Any, q_norm: Any = None,
-                  k_norm: Any = None) -> Buffer:
+    def attention(self, qkv: Buffer, batch: Batch, pages: Any, shape: AttentionShape, *, rope: Any,
+                  **others: Any) -> Buffer:
         return Buffer(self, qkv.rows, shape.num_heads * shape.head_dim, self._activation_bytes)
 
-    def logits(self, h: Buffer, batch: Batch, norm: Any, head: PlannedLinear) -> Buffer:
+    def route(self, x: Buffer, router: PlannedLinear, routing: Routing, **others: Any) -> Buffer:
+        return Buffer(self, x.rows, 2 * routing.top_k, 4)
+
+    def experts(self, x: Buffer, choice: Buffer, up: PlannedLinear, down: PlannedLinear, *, activation: str,
+                norm: Any = None, residual: Buffer | None = None) -> Buffer:
+        """Every token's activations of all its experts at once, then their sum."""
+        inner = Buffer(self, x.rows * choice.columns // 2, down.in_features, self._activation_bytes)  # noqa: F841
+        return residual or Buffer(self, x.rows, x.columns, self._activation_bytes)
+
+    def merge(self, residual: Buffer, branches: Any, **others: Any) -> Buffer:
+        return residual
+
+    def per_layer_inputs(self, h: Buffer, batch: Batch, table: Weight, projection: PlannedLinear, norm: Any) -> Buffer:
+        return Buffer(self, h.rows, projection.out_features, 4)
+
+    def per_layer_gate(self, h: Buffer, gate: PlannedLinear, inputs: Buffer, layer: int) -> Buffer:
+        return Buffer(self, h.rows, gate.out_features, self._activation_bytes)
+
+    def mamba(self, projected: Buffer, batch: Batch, state: Any, weight: Any, shape: MambaShape) -> Buffer:
+        return Buffer(self, projected.rows, shape.inner, self._activation_bytes)
+
+    def logits(self, h: Buffer, batch: Batch, norm: Any, head: PlannedLinear, *, softcap: Any = None) -> Buffer:
         rows = Buffer(self, len(batch.rows), h.columns, 4 + self._normed_bytes)  # noqa: F841
         return Buffer(self, len(batch.rows), head.out_features, 4)
 

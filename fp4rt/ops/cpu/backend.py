@@ -11,7 +11,7 @@ import numpy as np
 from fp4rt.batch import PAGE_TOKENS, Batch
 from fp4rt.errors import Fp4rtError
 from fp4rt.formats import Dense, Fp8, Nvfp4, Weight
-from fp4rt.ops import AttentionShape
+from fp4rt.ops import AttentionShape, MambaShape
 from fp4rt.ops.cpu import emit, kernels, runtime
 from fp4rt.ops.reference import Norm, ReferenceOps
 
@@ -50,6 +50,7 @@ class Pages:
 
     keys: np.ndarray
     values: np.ndarray
+    group: int  # of the batch's page tables
 
 
 def choose(parts: Sequence[Weight], deterministic: bool = False) -> tuple[str, str]:
@@ -58,6 +59,10 @@ def choose(parts: Sequence[Weight], deterministic: bool = False) -> tuple[str, s
     if deterministic:
         return f"{formats} panel ({runtime.TIER})", "deterministic: one kernel for any number of tokens"
     return f"{formats} fused ({runtime.TIER})", f"decoded in registers for up to {kernels.FEW_TOKENS} tokens"
+
+
+def missing(what: str) -> Fp4rtError:
+    return Fp4rtError("device", f"the CPU backend does not run {what} yet; use device='reference'")
 
 
 class CpuOps(ReferenceOps):
@@ -81,6 +86,12 @@ class CpuOps(ReferenceOps):
         self._views: dict[tuple[str, tuple[int, ...]], np.ndarray] = {}  # of the scratch, by name and shape
 
     # -- At load ------------------------------------------------------------------------------------------------
+
+    def expert_weight(self, experts: Sequence[Sequence[Weight]], *, gated: bool = False):
+        raise missing("mixtures of experts")
+
+    def mamba_weight(self, shape: MambaShape, *values):
+        raise missing("Mamba2 layers")
 
     def linear_weight(self, parts: Sequence[Weight], *, gated: bool = False) -> CpuLinear:
         rows = [part.shape[0] for part in parts]
@@ -126,18 +137,19 @@ class CpuOps(ReferenceOps):
             *held, table, linear.row_scale, linear.bias, linear.input_scales)))
         return linear
 
-    def kv_pages(self, shape: AttentionShape, num_pages: int) -> Pages:
+    def kv_pages(self, shape: AttentionShape, num_pages: int, group: int = 0) -> Pages:
         heads, dim = shape.num_kv_heads, shape.head_dim
         return Pages(np.zeros((num_pages, heads, dim, PAGE_TOKENS), np.float32),
-                     np.zeros((num_pages, heads, PAGE_TOKENS, -(-dim // 16) * 16), np.float32))
+                     np.zeros((num_pages, heads, PAGE_TOKENS, -(-dim // 16) * 16), np.float32), group)
 
     def kv_page_bytes(self, shape: AttentionShape) -> int:
         return shape.num_kv_heads * PAGE_TOKENS * 4 * (shape.head_dim + -(-shape.head_dim // 16) * 16)
 
     # -- A step -------------------------------------------------------------------------------------------------
 
-    def embed(self, batch: Batch, table: Weight) -> np.ndarray:
-        return np.ascontiguousarray(table.dequantize(batch.tokens))
+    def embed(self, batch: Batch, table: tuple[Weight, np.float32]) -> np.ndarray:
+        weight, scale = table
+        return np.ascontiguousarray(weight.dequantize(batch.tokens)) * scale
 
     def linear(self, x, weight, *, norm=None, activation=None, residual=None):
         if (activation is not None) != weight.gated or activation not in (None, "silu"):
@@ -158,12 +170,14 @@ class CpuOps(ReferenceOps):
                 self._room("panels", self.threads, kernels.PANEL_ROWS, kernels.PANEL_COLUMNS), self.threads)
         return out
 
-    def attention(self, qkv, batch, pages, shape, *, rope, q_norm=None, k_norm=None):
+    def attention(self, qkv, batch, pages, shape, *, rope, q_norm=None, k_norm=None, v_norm=None, sinks=None):
+        if v_norm is not None or sinks is not None or shape.values_are_keys or shape.shares is not None:
+            raise missing("attention of this kind")
         out = np.empty((len(qkv), shape.num_heads * shape.head_dim), np.float32)
         cos, sin = (_NONE, _NONE) if rope is None else rope
         q_norm, k_norm = q_norm or Norm(_EMPTY, 0.0), k_norm or Norm(_EMPTY, 0.0)
         with runtime.Threads(self.threads):
-            kernels.attention(qkv, pages.keys, pages.values, batch.positions, batch.starts, batch.pages, cos, sin,
+            kernels.attention(qkv, pages.keys, pages.values, batch.positions, batch.starts, batch.pages[pages.group], cos, sin,
                               q_norm.weight, q_norm.eps, k_norm.weight, k_norm.eps, shape.num_heads,
                               np.float32(shape.scale), shape.window or 0, out, self.threads)
         return out

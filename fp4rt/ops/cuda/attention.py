@@ -40,6 +40,7 @@ class Pages:
 
     keys: cupy.ndarray
     values: cupy.ndarray
+    group: int  # of the batch's page tables
 
 
 def rope_table(device: Device, inv_freq: np.ndarray, attention_factor: float,
@@ -50,12 +51,12 @@ def rope_table(device: Device, inv_freq: np.ndarray, attention_factor: float,
     return device.upload(table * np.float32(attention_factor))
 
 
-def kv_pages(device: Device, shape: AttentionShape, num_pages: int) -> Pages:
+def kv_pages(device: Device, shape: AttentionShape, num_pages: int, group: int = 0) -> Pages:
     if shape.head_dim % 16 or not 16 <= shape.head_dim <= _MAX_HEAD_DIM:
         raise Fp4rtError("checkpoint", f"head_dim is {shape.head_dim}; the CUDA backend has attention for "
                                        f"multiples of 16 up to {_MAX_HEAD_DIM}; use device='cpu'")
     size = (num_pages, shape.num_kv_heads, PAGE_TOKENS, shape.head_dim)
-    return Pages(device.memory.array(size, np.float16), device.memory.array(size, np.float16))
+    return Pages(device.memory.array(size, np.float16), device.memory.array(size, np.float16), group)
 
 
 def kv_page_bytes(shape: AttentionShape) -> int:
@@ -70,7 +71,8 @@ def attention(device: Device, qkv: Activation, batch: DeviceBatch, pages: Pages,
     Unless `deterministic`: then every row is computed in the one order that prefill has.
     """
     heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
-    tokens, (sequences, width) = qkv.data.shape[0], batch.pages.shape
+    table = batch.tables[pages.group]
+    tokens, (sequences, width) = qkv.data.shape[0], table.shape
     out = device.scratch((tokens, heads * dim), np.float16)
     exponents = (0 if q_norm else qkv.exponent) + (0 if k_norm else qkv.exponent)
     scale = math.ldexp(shape.scale * math.log2(math.e), exponents)
@@ -81,13 +83,13 @@ def attention(device: Device, qkv: Activation, batch: DeviceBatch, pages: Pages,
     if tokens > sequences or not split:
         device.kernel("attention_prefill", "attention_write",
                       HEAD_DIM=dim)(tokens, _WRITE_THREADS, qkv.data, pages.keys, pages.values,
-                                    batch.positions, batch.starts, batch.pages, sequences, width, heads,
+                                    batch.positions, batch.starts, table, sequences, width, heads,
                                     kv_heads, *k_opening, rope, value_scale, out, pdl=True)
         warps, rows, shared = _flash(dim, device.capability)
         tiles = (tokens * (heads // kv_heads) + sequences * (rows - 1)) // rows
         device.kernel("attention_prefill", "attention_prefill", HEAD_DIM=dim)(
             (kv_heads, tiles), 32 * warps, qkv.data, pages.keys, pages.values,
-            batch.positions, batch.starts, batch.lengths, batch.pages, sequences, width, heads, kv_heads,
+            batch.positions, batch.starts, batch.lengths, table, sequences, width, heads, kv_heads,
             int(split), *q_opening, rope, value_scale, scale, window, out, shared=shared, pdl=True)
     if split:
         opening = (*q_opening, *k_opening, rope, value_scale, scale, window)
@@ -99,7 +101,8 @@ def _decode(device: Device, qkv: Activation, batch: DeviceBatch, pages: Pages, s
             out: cupy.ndarray, opening: tuple) -> None:
     """The sequences with one new token; their keys are split in chunks by their own lengths alone."""
     kv_heads, dim, group = shape.num_kv_heads, shape.head_dim, shape.num_heads // shape.num_kv_heads
-    sequences, width = batch.pages.shape
+    table = batch.tables[pages.group]
+    sequences, width = table.shape
     tiles = 2 if group > 8 and dim <= 128 else 1
     blocks = kv_heads * -(-group // (8 * tiles))
     if blocks > TICKETS:
@@ -114,7 +117,7 @@ def _decode(device: Device, qkv: Activation, batch: DeviceBatch, pages: Pages, s
     statistics = device.scratch((slots, 2), np.float32)
     device.kernel("attention_decode", "attention_decode", HEAD_DIM=dim, HEAD_TILES=tiles)(
         (blocks, sequences, chunks), _DECODE_THREADS, qkv.data, pages.keys, pages.values, batch.starts,
-        batch.lengths, batch.pages, width, shape.num_heads, kv_heads, *opening, max_chunks, partial,
+        batch.lengths, table, width, shape.num_heads, kv_heads, *opening, max_chunks, partial,
         statistics, batch.tickets, out, pdl=True)
 
 

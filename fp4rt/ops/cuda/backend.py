@@ -12,10 +12,14 @@ import numpy as np
 from fp4rt.batch import Batch
 from fp4rt.errors import Fp4rtError
 from fp4rt.formats import Weight
-from fp4rt.ops import AttentionShape, SamplerRow
+from fp4rt.ops import AttentionShape, MambaShape, SamplerRow
 from fp4rt.ops.cuda import attention, batch, embedding, linear, rms_norm, sample
 from fp4rt.ops.cuda.activation import Activation
 from fp4rt.ops.cuda.device import Device, Fetched
+
+
+def missing(what: str) -> Fp4rtError:
+    return Fp4rtError("device", f"the CUDA backend does not run {what} yet; use device='reference'")
 
 
 def _on_device(cls: type) -> type:
@@ -57,14 +61,23 @@ class CudaOps:
     def norm_weight(self, weight: np.ndarray, eps: float) -> rms_norm.Norm:
         return rms_norm.norm_weight(self.gpu, weight, eps)
 
-    def embedding_weight(self, weight: Weight, *, tied_to: linear.CudaLinear | None = None) -> embedding.Embedding:
+    def expert_weight(self, experts: Sequence[Sequence[Weight]], *, gated: bool = False) -> Any:
+        raise missing("mixtures of experts")
+
+    def mamba_weight(self, shape: MambaShape, *values: Any) -> Any:
+        raise missing("Mamba2 layers")
+
+    def embedding_weight(self, weight: Weight, *, tied_to: linear.CudaLinear | None = None,
+                         scale: float = 1.0) -> embedding.Embedding:
+        if scale != 1.0:
+            raise missing("scaled embeddings")
         return embedding.embedding_weight(self.gpu, weight, tied_to=tied_to)
 
     def rope_table(self, inv_freq: np.ndarray, attention_factor: float, max_positions: int) -> cupy.ndarray:
         return attention.rope_table(self.gpu, inv_freq, attention_factor, max_positions)
 
-    def kv_pages(self, shape: AttentionShape, num_pages: int) -> attention.Pages:
-        return attention.kv_pages(self.gpu, shape, num_pages)
+    def kv_pages(self, shape: AttentionShape, num_pages: int, group: int = 0) -> attention.Pages:
+        return attention.kv_pages(self.gpu, shape, num_pages, group)
 
     def kv_page_bytes(self, shape: AttentionShape) -> int:
         return attention.kv_page_bytes(shape)
@@ -86,12 +99,17 @@ class CudaOps:
 
     def attention(self, qkv: Activation, work: batch.DeviceBatch, pages: attention.Pages, shape: AttentionShape, *,
                   rope: cupy.ndarray | None, q_norm: rms_norm.Norm | None = None,
-                  k_norm: rms_norm.Norm | None = None) -> Activation:
+                  k_norm: rms_norm.Norm | None = None, v_norm: rms_norm.Norm | None = None,
+                  sinks: Any = None) -> Activation:
+        if v_norm is not None or sinks is not None or shape.values_are_keys or shape.shares is not None:
+            raise missing("attention of this kind")
         return attention.attention(self.gpu, qkv, work, pages, shape, rope=rope, q_norm=q_norm, k_norm=k_norm,
                                    deterministic=self.deterministic)
 
-    def logits(self, h: cupy.ndarray, work: batch.DeviceBatch, norm: rms_norm.Norm,
-               head: linear.CudaLinear) -> cupy.ndarray:
+    def logits(self, h: cupy.ndarray, work: batch.DeviceBatch, norm: rms_norm.Norm, head: linear.CudaLinear, *,
+               softcap: float | None = None) -> cupy.ndarray:
+        if softcap is not None:
+            raise missing("softcapped logits")
         if not work.is_decode:
             h = embedding.gather_rows(self.gpu, work.rows, h)
         return linear.linear(self.gpu, rms_norm.rms_norm(self.gpu, h, norm), head, logits=True,

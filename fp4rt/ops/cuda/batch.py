@@ -12,7 +12,7 @@ from fp4rt.ops.cuda.device import Device
 
 TICKETS = 256  # attention blocks per sequence and chunk that may count each other
 _THREADS = 128
-_FIELDS = ("tokens", "positions", "starts", "lengths", "pages", "rows")
+_FIELDS = ("tokens", "positions", "starts", "lengths", "pages", "slots", "rows")
 
 
 def variants(capability: int) -> list[tuple[str, dict[str, int], int]]:
@@ -31,7 +31,9 @@ class DeviceBatch:
     starts: cupy.ndarray
     lengths: cupy.ndarray
     pages: cupy.ndarray
+    slots: cupy.ndarray
     rows: cupy.ndarray
+    tables: tuple[cupy.ndarray, ...]  # pages[g] for each page group
 
     @property
     def is_decode(self) -> bool:
@@ -48,7 +50,8 @@ def put_batch(device: Device, batch: Batch, into: DeviceBatch | None = None) -> 
         for array in arrays:
             views.append(buffer[first:first + array.size].reshape(array.shape))
             first += array.size
-        into = DeviceBatch(buffer, device.zeros((len(batch.lengths), TICKETS), np.int32), *views)
+        into = DeviceBatch(buffer, device.zeros((len(batch.lengths), TICKETS), np.int32), *views,
+                           tuple(views[_FIELDS.index("pages")]))
     elif [array.shape for array in arrays] != [getattr(into, name).shape for name in _FIELDS]:
         raise ValueError("a batch can only be refilled with one of the same sizes")
     device.put(packed, into.packed)
@@ -57,9 +60,9 @@ def put_batch(device: Device, batch: Batch, into: DeviceBatch | None = None) -> 
 
 def advance(device: Device, batch: DeviceBatch, ids: cupy.ndarray) -> None:
     """Make a decode batch the next step's: tokens <- ids, positions and lengths + 1; rows on page 0 stay."""
-    sequences, width = batch.pages.shape
+    sequences, width = batch.tables[0].shape
     device.kernel("batch", "advance")(-(-sequences // _THREADS), _THREADS, ids, batch.tokens, batch.positions,
-                                      batch.lengths, batch.pages, sequences, width, PAGE_TOKENS)
+                                      batch.lengths, batch.tables[0], sequences, width, PAGE_TOKENS)
 
 
 def is_finite(device: Device, x: cupy.ndarray) -> bool:

@@ -84,7 +84,16 @@ def _fp8(weight: np.ndarray, scale: np.ndarray, block: int = 128) -> np.ndarray:
 
 
 def _unpack_stacked(tensors: dict[str, tuple[np.ndarray, str]]) -> None:
-    """gpt-oss experts [E, K, N] in NVFP4: codes [E, K/2, N] and scales [E, K/16, N], packed along the second axis."""
+    """gpt-oss experts, as HF holds them: [E, K, N].
+
+    MXFP4: codes [E, N, K/32, 16] and E8M0 scales [E, N, K/32]. NVFP4: codes [E, K/2, N], packed along the
+    second axis, and scales [E, K/16, N].
+    """
+    for name in [n.removesuffix("_blocks") for n in tensors if n.endswith("_blocks")]:
+        blocks, scales = (tensors.pop(name + suffix)[0] for suffix in ("_blocks", "_scales"))
+        values = E2M1[np.stack([blocks & 15, blocks >> 4], axis=-1)].reshape(*blocks.shape[:3], 32)
+        values *= 2.0 ** (scales[..., None].astype(np.float32) - 127)
+        tensors[name] = values.reshape(*blocks.shape[:2], -1).transpose(0, 2, 1), "F32"
     suffixes = ("", "_weight_scale", "_weight_scale_2")
     for name in [n.removesuffix("_weight_scale") for n in tensors if n.endswith("_proj_weight_scale")]:
         packed, scale, global_scale = (tensors.pop(name + suffix)[0] for suffix in suffixes)
@@ -116,7 +125,8 @@ def _hf_name(name: str) -> str:
 
 def dequantize(directory: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """float32 parameters by HF name, and by module name the factors its input is multiplied by (AWQ)."""
-    tensors = {_hf_name(name): tensor for name, tensor in read_tensors(directory).items() if not UNUSED.match(name)}
+    tensors = {_hf_name(name): tensor for name, tensor in read_tensors(directory).items()
+               if not UNUSED.match(name)}
     _unpack_stacked(tensors)
     modules: dict[str, dict[str, tuple[np.ndarray, str]]] = {}
     parameters = {}
@@ -156,7 +166,7 @@ def _multiply_input_by(factor: torch.Tensor) -> Callable:
 
 
 def without_dt_floor(model: torch.nn.Module) -> torch.nn.Module:
-    """`model`, its Mamba mixers as they are defined: HF bounds dt from below by time_step_min, in prefill only."""
+    """`model`, its Mamba mixers as defined: HF bounds dt from below by time_step_min, in prefill only."""
     for module in model.modules():
         if hasattr(module, "time_step_limit"):
             module.time_step_limit = (0.0, float("inf"))
@@ -173,10 +183,11 @@ def load_reference_model(directory: Path) -> torch.nn.Module:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     parameters, input_factors = dequantize(directory)
     missing, unexpected = model.load_state_dict(
-        {name: torch.from_numpy(array) for name, array in parameters.items()}, strict=False)
+        {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in parameters.items()},
+        strict=False)
     text = config.get_text_config()
     missing = [name for name in missing if not UNUSED.match(name)]
-    if getattr(text, "num_kv_shared_layers", 0):              # hub files keep what the sharing layers do not use
+    if getattr(text, "num_kv_shared_layers", 0):              # hub files keep what sharing layers do not use
         unexpected = [name for name in unexpected if not re.search(r"\.self_attn\.[kv]_(proj|norm)\.", name)]
     tied = ["lm_head.weight"] if text.tie_word_embeddings else []
     assert not unexpected and missing in ([], tied), (missing, unexpected)
@@ -220,7 +231,7 @@ def smallest_gap(greedy_logits: np.ndarray) -> float:
 
 @torch.no_grad()
 def smallest_routing_gap(model: torch.nn.Module, ids: list[int]) -> float | None:
-    """By how much the last chosen expert (or group) leads the first one left out, at the closest of all choices.
+    """The lead of the last chosen expert (or group) over the first one left out, at the closest choice.
 
     In standard deviations of the router's scores; None for a model without experts.
     """
@@ -229,7 +240,8 @@ def smallest_routing_gap(model: torch.nn.Module, ids: list[int]) -> float | None
     def lead(scores: torch.Tensor, kept: int) -> None:
         if kept < scores.shape[1]:
             ranked = scores.sort(dim=1, descending=True).values
-            gaps.append(float(((ranked[:, kept - 1] - ranked[:, kept]) / scores[scores > -torch.inf].std()).min()))
+            gap = (ranked[:, kept - 1] - ranked[:, kept]).min()
+            gaps.append(float(gap / scores[scores > -torch.inf].std()))
 
     def watch(router: torch.nn.Module, _: object, output: tuple[torch.Tensor, ...]) -> None:
         scores, chosen = output[0], output[2]

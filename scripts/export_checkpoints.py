@@ -74,7 +74,7 @@ def byte_level_bpe(size: int, specials: list[str], pattern: str,
 
 
 def byte_fallback_bpe(size: int, specials: list[str], words: pre_tokenizers.PreTokenizer) -> Tokenizer:
-    """A BPE tokenizer of `size` ids with `▁` for a space: `specials`, a piece for each byte, then merges of `words`."""
+    """A BPE tokenizer of `size` ids, `▁` for a space: `specials`, a piece per byte, merges of `words`."""
     fallback = [f"<0x{byte:02X}>" for byte in range(256)]
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = words
@@ -238,7 +238,8 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int) -
 
 def calibration_ids(model: torch.nn.Module) -> torch.Tensor:
     """int64 [16, 32]: random tokens. Activation scales are not part of what is tested."""
-    return torch.randint(0, model.config.get_text_config().vocab_size, (16, 32), generator=torch.Generator().manual_seed(99))
+    vocab_size = model.config.get_text_config().vocab_size
+    return torch.randint(0, vocab_size, (16, 32), generator=torch.Generator().manual_seed(99))
 
 
 # ---- exporters -------------------------------------------------------------------------------------------
@@ -311,7 +312,7 @@ def block_fp8(model: torch.nn.Module, out: Path, tokenizer: PreTrainedTokenizerF
     from transformers import FineGrainedFP8Config
 
     model.save_pretrained(out)
-    tensors = _read(out / "model.safetensors")
+    tensors = read_file(out / "model.safetensors")
     for name in [n for n in tensors if n.endswith("_proj.weight")]:
         weight = tensors[name].float()
         rows, columns = weight.shape
@@ -323,11 +324,11 @@ def block_fp8(model: torch.nn.Module, out: Path, tokenizer: PreTrainedTokenizerF
                 block /= scale[i, j]
         tensors[name] = weight.to(torch.float8_e4m3fn)
         tensors[name.replace(".weight", ".weight_scale_inv")] = scale
-    _write(out / "model.safetensors", tensors)
+    write_tensors(out / "model.safetensors", tensors)
     config = json.loads((out / "config.json").read_text())
     quantization = FineGrainedFP8Config(modules_to_not_convert=["lm_head"]).to_dict()
     config["quantization_config"] = {"fmt": "e4m3"} | quantization
-    _write_json(out / "config.json", config)
+    write_json(out / "config.json", config)
 
 
 def then(export: Callable, *edits: Callable[[Path], None]) -> Callable:
@@ -339,17 +340,17 @@ def then(export: Callable, *edits: Callable[[Path], None]) -> Callable:
     return edited
 
 
-def _read(file: Path) -> dict[str, torch.Tensor]:
+def read_file(file: Path) -> dict[str, torch.Tensor]:
     with safe_open(file, framework="pt") as shard:
         return {name: shard.get_tensor(name) for name in shard.keys()}
 
 
-def _write(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+def write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file,
               metadata={"format": "pt"})
 
 
-def _write_json(file: Path, content: dict) -> None:
+def write_json(file: Path, content: dict) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -357,20 +358,20 @@ def without_quantization_config(out: Path) -> None:
     """As ModelOpt wrote before it repeated hf_quant_config.json inside config.json."""
     config = json.loads((out / "config.json").read_text())
     del config["quantization_config"]
-    _write_json(out / "config.json", config)
+    write_json(out / "config.json", config)
 
 
 def head_scales_in_the_other_shard(out: Path) -> None:
     """lm_head.weight_scale and weight_scale_2 in the first shard, away from the weight."""
     index = json.loads((out / "model.safetensors.index.json").read_text())
     first, second = sorted(set(index["weight_map"].values()))
-    tensors = {file: _read(out / file) for file in (first, second)}
+    tensors = {file: read_file(out / file) for file in (first, second)}
     for name in ("lm_head.weight_scale", "lm_head.weight_scale_2"):
         assert index["weight_map"][name] == second, f"{name} is already in {first}"
         tensors[first][name], index["weight_map"][name] = tensors[second].pop(name), first
     for file in (first, second):
-        _write(out / file, tensors[file])
-    _write_json(out / "model.safetensors.index.json", index)
+        write_tensors(out / file, tensors[file])
+    write_json(out / "model.safetensors.index.json", index)
 
 
 def transformers_4_spelling(out: Path) -> None:
@@ -379,22 +380,22 @@ def transformers_4_spelling(out: Path) -> None:
     rope = config.pop("rope_parameters")
     config |= {"torch_dtype": config.pop("dtype"), "rope_theta": rope.pop("rope_theta"), "rope_scaling": rope,
                "transformers_version": "4.46.3"}
-    _write_json(out / "config.json", dict(sorted(config.items())))
+    write_json(out / "config.json", dict(sorted(config.items())))
 
 
 def unsynchronized_scales(out: Path) -> None:
     """q/k/v and gate/up with unequal weight_scale_2, as exporters without a shared amax leave them."""
-    tensors = _read(out / "model.safetensors")
+    tensors = read_file(out / "model.safetensors")
     for name, tensor in tensors.items():
         for part, factor in {"k_proj": 1.37, "v_proj": 0.71, "up_proj": 1.6}.items():
             if name.endswith(f".{part}.weight_scale_2"):
                 tensors[name] = tensor * factor
-    _write(out / "model.safetensors", tensors)
+    write_tensors(out / "model.safetensors", tensors)
 
 
 def swizzled_scales(out: Path) -> None:
     """weight_scale in 128x4 tiles, padded with zeros to [ceil128(N), ceil4(K/16)]."""
-    tensors = _read(out / "model.safetensors")
+    tensors = read_file(out / "model.safetensors")
     for name in [n for n in tensors if n.endswith(".weight_scale")]:
         linear = tensors[name].view(torch.uint8).numpy()
         rows, columns = linear.shape
@@ -403,7 +404,7 @@ def swizzled_scales(out: Path) -> None:
         height, width = padded.shape
         tiles = padded.reshape(height // 128, 4, 32, width // 4, 4).transpose(0, 3, 2, 1, 4)
         tensors[name] = torch.from_numpy(tiles.reshape(height, width).copy()).view(torch.float8_e4m3fn)
-    _write(out / "model.safetensors", tensors)
+    write_tensors(out / "model.safetensors", tensors)
 
 
 # ---- the list --------------------------------------------------------------------------------------------
@@ -415,80 +416,80 @@ QWEN_EOS = ["<|im_end|>", "<|endoftext|>"]
 MODELOPT, LLM_COMPRESSOR, TRANSFORMERS = "nvidia-modelopt", "llmcompressor", "transformers"
 
 
-def _dims(hidden: int, heads: int, kv_heads: int, head_dim: int, intermediate: int, **more: object) -> dict:
+def dims(hidden: int, heads: int, kv_heads: int, head_dim: int, intermediate: int, **more: object) -> dict:
     return {"hidden_size": hidden, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
             "head_dim": head_dim, "intermediate_size": intermediate, "tie_word_embeddings": False} | more
 
 
 RECIPES = {
     "qwen3-modelopt-nvfp4": Recipe(
-        "qwen3", _dims(96, 4, 2, 32, 176, vocab_size=336), modelopt("NVFP4_DEFAULT_CFG"), MODELOPT,
+        "qwen3", dims(96, 4, 2, 32, 176, vocab_size=336), modelopt("NVFP4_DEFAULT_CFG"), MODELOPT,
         "W4A4 NVFP4; heads * head_dim = 128 over hidden 96; vocab_size 336 but only 320 tokens; q/k norm",
         eos=QWEN_EOS),
     "qwen2-modelopt-w4a16-nvfp4": Recipe(
-        "qwen2", _dims(112, 7, 1, 16, 176, tie_word_embeddings=True), modelopt("W4A16_NVFP4_CFG"), MODELOPT,
+        "qwen2", dims(112, 7, 1, 16, 176, tie_word_embeddings=True), modelopt("W4A16_NVFP4_CFG"), MODELOPT,
         "W4A16_NVFP4 (no `input_scale`); q/k/v biases; tied embeddings; 7 query heads on one K/V head"),
     "qwen3-modelopt-nvfp4-awq": Recipe(
-        "qwen3", _dims(96, 4, 2, 16, 176), modelopt("NVFP4_AWQ_LITE_CFG"), MODELOPT,
+        "qwen3", dims(96, 4, 2, 16, 176), modelopt("NVFP4_AWQ_LITE_CFG"), MODELOPT,
         "NVFP4_AWQ: `pre_quant_scale` stays on o_proj (ModelOpt folded the others away); no `config_groups`; "
         "the search for the scales ran on a CPU stand-in for ModelOpt's CUDA-only fake quantizer",
         own_values=False),
     "llama-modelopt-nvfp4-lm-head": Recipe(
-        "llama", _dims(112, 4, 2, 32, 176, vocab_size=323),
+        "llama", dims(112, 4, 2, 32, 176, vocab_size=323),
         then(modelopt("NVFP4_DEFAULT_CFG", quantize_head=True, shard_size="120KB"),
              without_quantization_config, head_scales_in_the_other_shard), MODELOPT,
         "NVFP4 lm_head with an odd 323 rows; two shards and an index. Edited afterwards: only "
         "hf_quant_config.json, as in old exports; the scales of lm_head in another shard than its weight",
         eos=LLAMA_EOS),
     "llama-modelopt-fp8": Recipe(
-        "llama", _dims(96, 6, 2, 16, 176, tie_word_embeddings=True), modelopt("FP8_DEFAULT_CFG"), MODELOPT,
+        "llama", dims(96, 6, 2, 16, 176, tie_word_embeddings=True), modelopt("FP8_DEFAULT_CFG"), MODELOPT,
         "FP8 per tensor; q/k/v scales differ; tied embeddings"),
     "llama-modelopt-fp8-pc-pt": Recipe(
-        "llama", _dims(96, 6, 2, 16, 176, tie_word_embeddings=True),
+        "llama", dims(96, 6, 2, 16, 176, tie_word_embeddings=True),
         modelopt("FP8_PER_CHANNEL_PER_TOKEN_CFG"), MODELOPT,
         "FP8_PER_CHANNEL_PER_TOKEN: a scale per row, `weight_scale` [N]"),
     "llama-modelopt-fp8-pb-wo": Recipe(
-        "llama", _dims(128, 4, 4, 32, 256, num_hidden_layers=1, tie_word_embeddings=True),
+        "llama", dims(128, 4, 4, 32, 256, num_hidden_layers=1, tie_word_embeddings=True),
         modelopt("FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG"), MODELOPT,
         "`fp8_pb_wo` in lower case: 4-d `weight_scale` [N/128, 1, K/128, 1], 0-d for a weight of one block"),
     "mistral-compressed-nvfp4": Recipe(
-        "mistral", _dims(96, 4, 2, 32, 176, sliding_window=8), compressed_tensors({"NVFP4": ["Linear"]}),
+        "mistral", dims(96, 4, 2, 32, 176, sliding_window=8), compressed_tensors({"NVFP4": ["Linear"]}),
         LLM_COMPRESSOR,
         "`nvfp4-pack-quantized` with `input_global_scale`; sliding window of 8, shorter than the prompt; "
         "byte-fallback tokenizer, chat template inside tokenizer_config.json"),
     "llama-compressed-nvfp4a16": Recipe(
-        "llama", _dims(144, 9, 3, 16, 176, tie_word_embeddings=True),
+        "llama", dims(144, 9, 3, 16, 176, tie_word_embeddings=True),
         compressed_tensors({"NVFP4A16": ["Linear"]}), LLM_COMPRESSOR,
         "`nvfp4-pack-quantized`, weight-only; global scale [1] that divides; 9 heads on 3"),
     "qwen3-compressed-mixed": Recipe(
-        "qwen3", _dims(96, 4, 2, 16, 176),
+        "qwen3", dims(96, 4, 2, 16, 176),
         compressed_tensors({"FP8_DYNAMIC": [r"re:.*self_attn\.(q|k|v|o)_proj$"],
                             "NVFP4": [r"re:.*mlp\.(gate|up|down)_proj$"]}), LLM_COMPRESSOR,
         "`mixed-precision`: attention FP8 per channel (`weight_scale` BF16 [N, 1]), MLP NVFP4"),
     "qwen2-fp8-block": Recipe(
-        "qwen2", _dims(144, 9, 3, 16, 176, num_hidden_layers=1, tie_word_embeddings=True), block_fp8,
+        "qwen2", dims(144, 9, 3, 16, 176, num_hidden_layers=1, tie_word_embeddings=True), block_fp8,
         TRANSFORMERS,
         "DeepSeek's `quant_method: fp8`, `weight_scale_inv` [ceil(N/128), ceil(K/128)], partial edge blocks",
         imitated="transformers quantizes to block FP8 only on a GPU, skips weights that are not whole "
                  "blocks, and reads 144 rows with 2 scales as blocks of 72"),
     "llama-bf16": Recipe(
-        "llama", _dims(80, 5, 1, 16, 112, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE),
+        "llama", dims(80, 5, 1, 16, 112, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE),
         then(plain, transformers_4_spelling), TRANSFORMERS,
         "plain BF16; llama3 RoPE with all three bands; config.json respelled as transformers 4 wrote it "
         "(`rope_theta`, `rope_scaling`, `torch_dtype`)", eos=LLAMA_EOS),
     "mistral-f16": Recipe(
-        "mistral", _dims(64, 4, 2, 16, 112, sliding_window=None), plain, TRANSFORMERS,
+        "mistral", dims(64, 4, 2, 16, 112, sliding_window=None), plain, TRANSFORMERS,
         "plain F16; `sliding_window: null`; untied", dtype=torch.float16),
     "qwen2-f32": Recipe(
-        "qwen2", _dims(48, 3, 1, 16, 80, tie_word_embeddings=True), plain, TRANSFORMERS,
+        "qwen2", dims(48, 3, 1, 16, 80, tie_word_embeddings=True), plain, TRANSFORMERS,
         "plain F32; q/k/v biases; tied", dtype=torch.float32),
     "llama-modelopt-nvfp4-unsynced": Recipe(
-        "llama", _dims(96, 4, 2, 16, 176), then(modelopt("NVFP4_DEFAULT_CFG"), unsynchronized_scales),
+        "llama", dims(96, 4, 2, 16, 176), then(modelopt("NVFP4_DEFAULT_CFG"), unsynchronized_scales),
         MODELOPT,
         "`weight_scale_2` of q, k, v and of gate, up all differ", own_values=False,
         imitated="a ModelOpt export whose weight_scale_2 of k (x1.37), v (x0.71) and up (x1.6) were changed"),
     "llama-modelopt-nvfp4-swizzled": Recipe(
-        "llama", _dims(96, 4, 2, 16, 176),
+        "llama", dims(96, 4, 2, 16, 176),
         then(modelopt("NVFP4_DEFAULT_CFG"), unsynchronized_scales, swizzled_scales), MODELOPT,
         "the same weights as -unsynced, block scales in padded 128x4 tiles of unambiguous shape",
         own_values=False, imitated="no exporter writes swizzled scales; reordered from -unsynced"),
@@ -522,7 +523,7 @@ def check_against_source(out: Path, source: dict[str, torch.Tensor]) -> float:
 
 
 def make(name: str, recipe: Recipe, root: Path, attempts: int = 20) -> None:
-    """Writes root/name, trying seeds until tokens and experts are chosen by enough of a margin at every step."""
+    """Writes root/name, trying seeds until tokens and experts are chosen by a margin at every step."""
     out = root / name
     tokenizer = (recipe.tokenizer or TOKENIZERS[recipe.model_type])(recipe.tokenizer_size)
     for seed in range(attempts):
@@ -564,7 +565,7 @@ def write_reference(out: Path, recipe: Recipe, text: str, seed: int, outputs: di
     reference = out / "reference"
     reference.mkdir()
     np.savez_compressed(reference / "reference.npz", **outputs)
-    _write_json(reference / "reference.json", {
+    write_json(reference / "reference.json", {
         "prompt_text": text, "input_ids": outputs["input_ids"].tolist(),
         "greedy_ids": outputs["greedy_ids"].tolist(),
         "max_abs_logit": float(np.abs(logits).max()), "logit_std": float(logits.std()),

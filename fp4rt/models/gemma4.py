@@ -58,7 +58,7 @@ def _attention(config: Config, layers: int, kinds: list[str]) -> tuple[Attention
     kv_heads = config.integer("num_key_value_heads", most=1 << 12)
     dim, window = config.integer("head_dim", 256, most=1024), config.integer("sliding_window")
     keys_are_values = config.flag("attention_k_eq_v")
-    stated = config.section("per_layer_config")  # it replaces the two global_ keys in files of newer transformers
+    stated = config.section("per_layer_config")  # in newer files, instead of the two global_ keys
     full_dim = config.integer("global_head_dim", dim if stated else 512, most=1024)
     full_kv = (config.integer("num_global_key_value_heads", None) if keys_are_values else None) or kv_heads
     own = layers - config.integer("num_kv_shared_layers", 0, least=0, most=layers - 1)

@@ -29,12 +29,14 @@ def read(config: Config) -> Sizes:
     top_k = config.integer("num_experts_per_tok", most=1 << 10)
     if top_k > experts:
         raise config.refuse("num_experts_per_tok", f"is {top_k}", f"there are {experts} experts")
-    window = config.integer("sliding_window") if config.flag("use_sliding_window") else None  # max_window_layers: unused
+    window = config.integer("sliding_window") if config.flag("use_sliding_window") else None
     step = config.integer("decoder_sparse_step", 1)
     only_dense = config.get("mlp_only_layers", [])
     if not isinstance(only_dense, list) or not all(isinstance(i, int) for i in only_dense):
         raise config.refuse("mlp_only_layers", f"is {str(only_dense)[:80]}", "expected a list of layer numbers")
-    return Sizes(**dense.__dict__ | {"windows": (window,) * dense.num_hidden_layers}, routing=Routing(experts, top_k, normalize=config.flag("norm_topk_prob")),
+    windows = (window,) * dense.num_hidden_layers  # unlike the dense models, whatever max_window_layers says
+    return Sizes(**dense.__dict__ | {"windows": windows},
+                 routing=Routing(experts, top_k, normalize=config.flag("norm_topk_prob")),
                  moe_intermediate_size=config.integer("moe_intermediate_size", most=1 << 20),
                  sparse=tuple(i not in only_dense and (i + 1) % step == 0 for i in range(dense.num_hidden_layers)))
 

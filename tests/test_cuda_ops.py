@@ -6,6 +6,12 @@ import numpy as np
 import pytest
 from cases import LINEAR, LinearCase
 
+from fp4rt.errors import Fp4rtError
+
+# No exporter writes FP8 blocks that are not a multiple of 128 columns; the kernel has no path for them.
+ODD_BLOCKS = [case for case in LINEAR if "32x48" in str(case)]
+CASES = [case for case in LINEAR if case not in ODD_BLOCKS]
+
 pytestmark = pytest.mark.gpu
 
 ARCHITECTURES = (None, "sm_75", "sm_80", "sm_86", "sm_89")
@@ -100,7 +106,12 @@ def run(ops, case: LinearCase, rows: slice = slice(None), weight=None):
                       residual=None if residual is None else residual_stream(ops, residual[rows])), weight
 
 
-@pytest.mark.parametrize("case", LINEAR, ids=str)
+def test_fp8_blocks_of_other_widths_are_refused_by_name(ops):
+    with pytest.raises(Fp4rtError, match="32x48.*multiple of 128"):
+        run(ops, ODD_BLOCKS[0])
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_linear(ops, case: LinearCase):
     y, allowed, largest = expected(case)
     result, _ = run(ops, case)
@@ -110,7 +121,7 @@ def test_linear(ops, case: LinearCase):
     np.testing.assert_array_less(np.abs(values(ops, result) - y), allowed + 1e-30)
 
 
-@pytest.mark.parametrize("case", [case for case in LINEAR if case.tokens in (8, 9, 33, 70)], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.tokens in (8, 9, 33, 70)], ids=str)
 def test_deterministic_linear_does_not_depend_on_company(deterministic, case: LinearCase):
     together, weight = run(deterministic, case)
     together = values(deterministic, together)
@@ -119,7 +130,7 @@ def test_deterministic_linear_does_not_depend_on_company(deterministic, case: Li
         np.testing.assert_array_equal(values(deterministic, alone)[0], together[row])
 
 
-@pytest.mark.parametrize("case", [case for case in LINEAR if case.tokens == 8], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.tokens == 8], ids=str)
 def test_a_row_in_any_company_up_to_eight_gives_the_same_bits(ops, case: LinearCase):
     together, weight = run(ops, case)
     together = values(ops, together)

@@ -80,6 +80,11 @@ class Text:
             if not isinstance(message.get("content"), (str, list, type(None))):
                 kind = type(message["content"]).__name__
                 raise Fp4rtError("request", f"messages[{index}]: content is a {kind}; it must be text")
+            for part in message["content"] if isinstance(message.get("content"), list) else []:
+                kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+                if kind != "text":
+                    raise Fp4rtError("request", f"messages[{index}]: content holds a part of type {str(kind)[:40]!r}; "
+                                                "only text is taken, no images or audio")
         if self._template is None:
             self._template = find_template(self.path, self._config)
         special = {name: token for name in ("bos_token", "eos_token", "pad_token", "unk_token")

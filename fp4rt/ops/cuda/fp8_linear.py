@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from fp4rt.errors import Fp4rtError
 from fp4rt.formats import Fp8
 from fp4rt.ops.cuda.device import Device
 from fp4rt.ops.cuda.tiles import Layout, Place, panels
@@ -38,8 +39,11 @@ class Fp8Layout(Layout):
 FP8, FP8_BLOCKS = Fp8Layout(False), Fp8Layout(True)
 
 
-def fp8_layout(part: Fp8) -> Fp8Layout | None:
-    """The layout for this weight; None where blocks are not a multiple of 128 columns."""
+def fp8_layout(part: Fp8) -> Fp8Layout:
+    """The layout for this weight. Raises where blocks are not a multiple of 128 columns, which no exporter writes."""
     if part.scales.shape[1] == 1:
         return FP8
-    return FP8_BLOCKS if part.block[1] % 128 == 0 else None
+    if part.block[1] % 128:
+        raise Fp4rtError("checkpoint", f"{part.name}: its FP8 scales cover blocks of {part.granularity}; the CUDA backend "
+                                       "takes blocks of a multiple of 128 columns; use device='cpu'")
+    return FP8_BLOCKS

@@ -109,10 +109,7 @@ def choose_layout(part: Weight) -> tuple[Layout, str]:
         return layout, layout.reason
     if isinstance(part, Fp8):
         layout = fp8_layout(part)
-        if layout is not None:
-            return layout, layout.reason
-        return DENSE_F32, (f"FP8 blocks of {part.granularity} have no kernel of their own (multiples of 128 columns "
-                           f"do); {DENSE_F32.reason}")
+        return layout, layout.reason
     raise Fp4rtError("checkpoint", f"{part.name}: the CUDA backend has no kernel for {part.format}")
 
 
@@ -128,8 +125,7 @@ def linear_weight(device: Device, parts: Sequence[Weight], *, gated: bool = Fals
             groups.append([index])
     packed = []
     for group in groups:
-        members = [_as_layout(parts[i], chosen[i][0]) for i in group]
-        packed.append(pack(device, members, chosen[group[0]][0], gated and len(group) == 2))
+        packed.append(pack(device, [parts[i] for i in group], chosen[group[0]][0], gated and len(group) == 2))
     return CudaLinear(packed, gated, "; ".join(dict.fromkeys(reason for _, reason in chosen)))
 
 
@@ -240,10 +236,3 @@ def _prescaled(device: Device, x: Activation, group: Packed) -> Activation:
 
 def _same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
     return a is b or (a is not None and b is not None and np.array_equal(a, b))
-
-
-def _as_layout(part: Weight, layout: Layout) -> Weight:
-    """An FP8 weight that goes as float32 planes is handed over as what it will be."""
-    if isinstance(part, Fp8) and layout is DENSE_F32:
-        return Dense(part.name, "F32", part.dequantize(), part.bias, part.pre_quant_scale)
-    return part

@@ -1,0 +1,94 @@
+"""Truths about the families beyond dense decoders: windows, recurrent states and experts in any company."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fp4rt
+from backends import BACKENDS, each_backend
+
+ROOT = Path(__file__).parent / "checkpoints"
+FAMILIES = ("gemma4-e2b-modelopt-nvfp4", "gemma4-moe-bf16", "gpt-oss-modelopt-nvfp4", "nemotron-h-modelopt-nvfp4",
+            "nemotron-h-moe-modelopt-nvfp4", "qwen3-moe-compressed-nvfp4", "mixtral-modelopt-nvfp4")
+
+
+def greedy(count: int) -> fp4rt.Sampling:
+    return fp4rt.Sampling(temperature=0, max_tokens=count, ignore_eos=True)
+
+
+def load(name: str, backend: str, **options) -> fp4rt.LLM:
+    return fp4rt.load(ROOT / name, **{"max_model_len": 512, **BACKENDS[backend][0], **options})
+
+
+@each_backend
+@pytest.mark.parametrize("name", FAMILIES)
+def test_company_and_chunks_change_nothing(name: str, backend: str):
+    """A batch of different lengths equals each alone, and a prompt in chunks equals the prompt at once."""
+    rng = np.random.default_rng(11)
+    prompts = [rng.integers(3, 300, n).tolist() for n in (1, 40, 7, 150, 23)]
+    with load(name, backend) as llm:
+        alone = [llm.generate(prompt, greedy(10))[0].ids for prompt in prompts]
+        assert [output.ids for output in llm.generate(prompts, greedy(10))] == alone
+        assert llm.engine.cache.empty
+        whole = llm.logits(prompts[3])
+        before, llm.ops.step_tokens = llm.ops.step_tokens, 37
+        try:
+            chunked = llm.logits(prompts[3])
+        finally:
+            llm.ops.step_tokens = before
+        assert np.abs(chunked - whole).max() <= BACKENDS[backend][1] * np.abs(whole).max()
+
+
+@each_backend
+@pytest.mark.parametrize("name", ["gemma4-moe-bf16", "gpt-oss-modelopt-nvfp4"])
+def test_pages_behind_a_window_are_freed_and_not_missed(name: str, backend: str):
+    """Decoding far past the window frees its pages, and the tokens are those that one pass over the text gives."""
+    prompt = np.random.default_rng(3).integers(3, 300, 20).tolist()
+    with load(name, backend) as llm:
+        cache = llm.engine.cache
+        window = next(w for w in cache.plan.windows if w is not None)
+        assert window < 64
+        sequence = llm._sequence(prompt, greedy(400))
+        most = 0
+        for _ in llm._run([sequence]):
+            most = max(most, sum(page > 0 for page in sequence.held.pages[-1]))
+        assert len(sequence.ids) == 420 and most < 7  # of the 7 pages that 420 tokens take
+        assert cache.empty
+        logits = llm.logits(sequence.ids)[19:-1]
+        chosen = logits[np.arange(400), sequence.generated]
+        assert (logits.max(axis=1) - chosen).max() <= 2 * BACKENDS[backend][1] * np.abs(logits).max()
+
+
+@each_backend
+@pytest.mark.parametrize("name", ["nemotron-h-modelopt-nvfp4", "gemma4-moe-bf16"])
+def test_a_conversation_equals_its_whole_text(name: str, backend: str):
+    """What a recurrent state cannot take back is computed again, and nothing is remembered wrongly."""
+    with load(name, backend) as llm:
+        session, messages = llm.session(greedy(5)), []
+        for turn in ("one scale", "and another", "of three"):
+            messages.append({"role": "user", "content": turn})
+            reply = "".join(session.send(turn))
+            assert llm.chat(messages, greedy(5)).text == reply
+            messages.append({"role": "assistant", "content": reply})
+
+
+def test_a_long_recurrence_stays_in_float32():
+    """900 tokens through Mamba2 layers: the state after chunks of any size is the state after single tokens."""
+    ids = np.random.default_rng(0).integers(3, 1000, 900).tolist()
+    with load("nemotron-h-modelopt-nvfp4", "reference", max_model_len=1024) as llm:
+        whole = llm.logits(ids)
+        before, llm.ops.step_tokens = llm.ops.step_tokens, 7
+        try:
+            steps = llm.logits(ids)
+        finally:
+            llm.ops.step_tokens = before
+    assert np.abs(steps - whole).max() <= 1e-4 * np.abs(whole).max()
+
+
+@pytest.mark.parametrize("content", [[{"type": "image_url", "image_url": {"url": "x"}}], [{"type": "audio"}]])
+def test_images_and_audio_are_refused_by_name(content: list):
+    with load("gemma4-moe-bf16", "reference") as llm, pytest.raises(fp4rt.Fp4rtError, match="image|audio"):
+        llm.chat([{"role": "user", "content": content}])

@@ -2,8 +2,8 @@
 
     python scripts/bench_cpu.py [--threads N] [--shape 1b|8b] [--rounds R]
 
-Every figure is the best of several rounds, and each round measures the read bandwidth anew beside it: on a shared
-machine both move. Weights are random and never read twice in a round, so caches do not help.
+Every figure is the best of several rounds. Each round measures the read bandwidth anew beside it, since on a shared
+machine both move, and shares compare the two within a round. No weight is read twice in a round: caches do not help.
 """
 
 from __future__ import annotations
@@ -75,11 +75,11 @@ def bench_linears(ops: CpuOps, dims: tuple[int, ...], rounds: int) -> dict[str, 
 
             sweep()
             pairs = [(bandwidth(), nbytes / seconds(sweep) / 1e9) for _ in range(rounds)]
-            memory, speed = max(p[0] for p in pairs), max(p[1] for p in pairs)
-            results[f"{kind} x{tokens}"] = {"GB/s": speed, "read GB/s": memory, "share": speed / memory,
-                                            "median share": float(np.median([s / m for m, s in pairs]))}
-            print(f"{kind:6} {tokens} tokens: {speed:5.1f} GB/s of packed weights, memory {memory:5.1f}, share "
-                  f"{speed / memory:.2f} (median of rounds {results[f'{kind} x{tokens}']['median share']:.2f})", flush=True)
+            memory, speed = max(pairs, key=lambda pair: pair[1])
+            share = float(np.median([speed / memory for memory, speed in pairs]))
+            results[f"{kind} x{tokens}"] = {"GB/s": speed, "read GB/s beside it": memory, "median share": share}
+            print(f"{kind:6} {tokens} tokens: {speed:5.1f} GB/s of packed weights where memory gave {memory:5.1f}; "
+                  f"share, median of rounds: {share:.2f}", flush=True)
     return results
 
 
@@ -103,9 +103,10 @@ def bench_llama(ops: CpuOps, dims: tuple[int, ...], rounds: int) -> dict[str, fl
 
     def step(tokens: int, first: int) -> np.ndarray:
         pages = np.arange(1, 8, dtype=np.int32)[None]
-        batch = ops.batch(Batch(rng.integers(0, vocab, tokens, np.int32), np.arange(first, first + tokens, dtype=np.int32),
-                                np.array([0, tokens], np.int32), np.array([first + tokens], np.int32), pages,
-                                np.array([tokens - 1], np.int32)))
+        batch = ops.batch(Batch(
+            tokens=rng.integers(0, vocab, tokens, np.int32), positions=np.arange(first, first + tokens, dtype=np.int32),
+            starts=np.array([0, tokens], np.int32), lengths=np.array([first + tokens], np.int32), pages=pages[None],
+            slots=np.zeros(1, np.int32), rows=np.array([tokens - 1], np.int32)))
         h = ops.embed(batch, embedding)
         for qkv, o, gate_up, down, kv in blocks:
             mixed = ops.attention(ops.linear(h, qkv, norm=norm), batch, kv, shape, rope=rope)
@@ -119,9 +120,11 @@ def bench_llama(ops: CpuOps, dims: tuple[int, ...], rounds: int) -> dict[str, fl
     prefill = context / min(seconds(lambda: step(context, 0)) for _ in range(rounds))
     steps = [(bandwidth(), np.median([seconds(lambda: step(1, context + i)) for i in range(8)])) for _ in range(rounds)]
     nbytes = head.nbytes + sum(linear.nbytes for block in blocks for linear in block[:4])
-    decode, memory = 1 / min(s for _, s in steps), max(m for m, _ in steps)
-    print(f"decode after {context} tokens: {decode:.1f} tokens/s ({nbytes / 1e9:.2f} GB per token: {decode * nbytes / 1e9:.1f} "
-          f"GB/s of {memory:.1f}); prefill of {context}: {prefill:.0f} tokens/s", flush=True)
+    memory, fastest = min(steps, key=lambda pair: pair[1])
+    decode = 1 / fastest
+    print(f"decode after {context} tokens: {decode:.1f} tokens/s ({nbytes / 1e9:.2f} GB per token: "
+          f"{decode * nbytes / 1e9:.1f} GB/s where memory gave {memory:.1f}); "
+          f"prefill of {context}: {prefill:.0f} tokens/s", flush=True)
     return {"decode tokens/s": decode, "bytes per token": nbytes, "prefill tokens/s": prefill, "read GB/s": memory}
 
 

@@ -21,7 +21,8 @@ EPS = 2.0**-24  # half a unit in the last place of float32
 
 # What Numba is told to compile for, to run another processor's code here.
 TIERS = {
-    "avx2": ("haswell", "avx avx2 bmi bmi2 cmov cx16 f16c fma fxsr lzcnt movbe popcnt sse sse2 sse3 sse4.1 sse4.2 ssse3"),
+    "avx2": ("haswell", "avx avx2 bmi bmi2 cmov cx16 f16c fma fxsr lzcnt movbe popcnt sse sse2 sse3 sse4.1 sse4.2 "
+             "ssse3"),
     "portable": ("x86-64", "cmov cx16 fxsr sse sse2"),
 }
 
@@ -224,7 +225,7 @@ def test_a_sequence_attends_alike_alone_and_in_company(ops):
         pages = ops.kv_pages(case.shape, num_pages)
         run_attention(ops, case, pages)
         rows = slice(int(batch.starts[s]), int(batch.starts[s + 1]))
-        alone = make_batch([(s, old, new)], case.batches()[1].pages)
+        alone = make_batch([(s, old, new)], case.batches()[1].pages[0])
         rng = np.random.default_rng(2)
         norms = [ops.norm_weight(rng.uniform(0.5, 1.5, case.head_dim).astype(np.float32), 1e-6) for _ in range(2)]
         rope = ops.rope_table((10000.0 ** -(np.arange(0, 128, 2) / 128)).astype(np.float32), 1.1, 6000)

@@ -153,7 +153,8 @@ class CpuOps(ReferenceOps):
 
     def linear(self, x, weight, *, norm=None, activation=None, residual=None):
         if (activation is not None) != weight.gated or activation not in (None, "silu"):
-            raise Fp4rtError("request", f"activation {activation!r} with a {'' if weight.gated else 'not '}gated weight")
+            kind = "a gated" if weight.gated else "an ungated"
+            raise Fp4rtError("request", f"activation {activation!r} with {kind} weight")
         tokens, columns = x.shape
         x = np.ascontiguousarray(x, np.float32)
         out = np.empty((tokens, weight.out_features), np.float32) if residual is None else residual
@@ -177,9 +178,10 @@ class CpuOps(ReferenceOps):
         cos, sin = (_NONE, _NONE) if rope is None else rope
         q_norm, k_norm = q_norm or Norm(_EMPTY, 0.0), k_norm or Norm(_EMPTY, 0.0)
         with runtime.Threads(self.threads):
-            kernels.attention(qkv, pages.keys, pages.values, batch.positions, batch.starts, batch.pages[pages.group], cos, sin,
-                              q_norm.weight, q_norm.eps, k_norm.weight, k_norm.eps, shape.num_heads,
-                              np.float32(shape.scale), shape.window or 0, out, self.threads)
+            kernels.attention(
+                qkv, pages.keys, pages.values, batch.positions, batch.starts, batch.pages[pages.group], cos, sin,
+                q_norm.weight, q_norm.eps, k_norm.weight, k_norm.eps, shape.num_heads, np.float32(shape.scale),
+                shape.window or 0, out, self.threads)
         return out
 
     # -- Room ---------------------------------------------------------------------------------------------------

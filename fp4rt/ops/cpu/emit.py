@@ -107,7 +107,7 @@ class _Builder(ir.IRBuilder):
 
     def prefetch(self, address: ir.Value) -> None:
         self.intrinsic("llvm.prefetch.p0", ir.VoidType(), self.at(address, _I8), *(
-            ir.Constant(_I32, flag) for flag in (0, 3, 1)))
+            ir.Constant(_I32, flag) for flag in (0, 0, 1)))  # read, used once, data
 
     def minimum(self, a: ir.Value, b: ir.Value) -> ir.Value:
         return self.select(self.icmp_signed("<", a, b), a, b)
@@ -260,7 +260,7 @@ def _dense(b: _Builder, kind: int, codes: ir.Value, scales: ir.Value, pair: int)
 
 
 class _Walk:
-    """A loop over the chunks of some rows, and once more over a zero-padded copy of what is left after the last whole one.
+    """A loop over the chunks of some rows, then once over a zero-padded copy of what follows the last whole one.
 
     The body is emitted once, between `enter` and `leave`; `state` are the vectors carried from chunk to chunk.
     """
@@ -395,10 +395,12 @@ def _row_sums(b: _Builder, vectors: list[ir.Value]) -> ir.Value:
 def _emit_dot(kind: int, rows: int, tokens: int) -> Callable[..., None]:
     """rows x tokens products; see dot_rows. `first`: the tile's first row among those of the call."""
 
-    def emit(b, codes, code_stride, scales, scale_stride, x, x_stride, whole, code_tail, scale_tail, count, y, y_stride, first):
+    def emit(b, codes, code_stride, scales, scale_stride, x, x_stride, whole, code_tail, scale_tail, count, y, y_stride,
+             first):
         last = b.sub(count, _i64(1))
         index = [b.minimum(b.add(first, _i64(r)), last) for r in range(rows)]
-        following = [b.add(base, b.mul(b.add(first, _i64(rows)), stride))
+        ahead = rows * (2 if kind == NVFP4 else 1)  # rows: about 8 KiB at K = 2048
+        following = [b.add(base, b.mul(b.add(first, _i64(ahead)), stride))
                      for base, stride in ((codes, code_stride), (scales, scale_stride))]
         walk = _Walk(b, kind, [b.add(codes, b.mul(i, code_stride)) for i in index],
                      [b.add(scales, b.mul(i, scale_stride)) for i in index], x, LAYOUTS[kind].elements * 4,

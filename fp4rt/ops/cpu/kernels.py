@@ -1,6 +1,7 @@
 """The operations as compiled functions: who computes which rows, around the inner loops of emit.py.
 
-Each is one or two parallel regions over `threads` static shares. No result depends on the number of threads: a thread owns whole rows of an output.
+Each is one or two parallel regions over `threads` static shares. No result depends on the number of threads: a
+thread owns whole rows of an output.
 """
 
 from __future__ import annotations
@@ -147,8 +148,8 @@ def _store(sums, row, height, tokens, offset, rows, row_scale, bias, gated, resi
 
 
 @compiled(parallel=True)
-def linear(parts, row_scale, bias, input_scales, permuted, block_scales, x, norm_weight, eps, residual, gated, fused, out,
-           prepared, sums, panels, threads):
+def linear(parts, row_scale, bias, input_scales, permuted, block_scales, x, norm_weight, eps, residual, gated, fused,
+           out, prepared, sums, panels, threads):
     """y = x W^T with its neighbours.
 
     parts: int64 [parts, FIELDS]. row_scale, bias: float32 [rows of all parts]; bias may be empty. input_scales [views,
@@ -254,8 +255,8 @@ def attention(qkv, keys, values, positions, starts, pages, cos, sin, q_norm, q_e
     for share in prange(openers):
         for t in range(share, tokens, openers):
             at = positions[t]
-            _open_token(qkv[t], heads, keys, values, pages[owner[t], at // PAGE_TOKENS], at % PAGE_TOKENS, q_norm, q_eps,
-                        k_norm, k_eps, cos, sin, at)
+            _open_token(qkv[t], heads, keys, values, pages[owner[t], at // PAGE_TOKENS], at % PAGE_TOKENS, q_norm,
+                        q_eps, k_norm, k_eps, cos, sin, at)
     for share in prange(threads):
         room = (block_tokens * group + ROWS - 1) // ROWS * ROWS
         q = np.empty((room, dim), np.float32)

@@ -1,4 +1,4 @@
-"""Numba as fp4rt uses it: the vector tier, threads that wait politely, and a cache of compiled code in the user's cache.
+"""Numba as fp4rt uses it: the vector tier, threads that wait asleep, compiled code in the user's cache directory.
 
 Everything that must be settled before Numba compiles or starts a thread is settled here, once, at import.
 """

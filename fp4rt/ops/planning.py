@@ -195,10 +195,10 @@ def planning_ops(device: str, arch: str | None, gpu_memory: int | None, determin
         if device == "cuda":
             return _planning_cuda(ops.device, ops.step_tokens, free)
         if device == "cpu":
-            from fp4rt.ops.cpu.backend import choose
+            from fp4rt.ops.cpu.backend import choose, held_bytes
 
             def chosen(parts: Sequence[Weight], gated: bool) -> Choice:
-                return *choose(parts, deterministic), as_stored(parts, gated)[2]
+                return *choose(parts, deterministic), sum(held_bytes(part) for part in parts)
         else:
             def chosen(parts: Sequence[Weight], gated: bool) -> Choice:
                 return ReferenceLinear.kernel, ReferenceLinear.reason, as_stored(parts, gated)[2]

@@ -10,10 +10,10 @@ import numpy as np
 
 from fp4rt.batch import PAGE_TOKENS, Batch
 from fp4rt.errors import Fp4rtError
-from fp4rt.formats import Dense, Fp8, Nvfp4, Weight
-from fp4rt.ops import AttentionShape, MambaShape
-from fp4rt.ops.cpu import emit, kernels, runtime
-from fp4rt.ops.reference import Norm, ReferenceOps
+from fp4rt.formats import Dense, Fp8, Mxfp4, Nvfp4, Weight
+from fp4rt.ops import ACTIVATIONS, AttentionShape
+from fp4rt.ops.cpu import emit, kernels, mamba, runtime
+from fp4rt.ops.reference import Norm, ReferenceOps, activate, rms_norm, silu, softplus
 
 _EMPTY = np.empty(0, np.float32)
 _NONE = np.empty((0, 0), np.float32)
@@ -61,8 +61,26 @@ def choose(parts: Sequence[Weight], deterministic: bool = False) -> tuple[str, s
     return f"{formats} fused ({runtime.TIER})", f"decoded in registers for up to {kernels.FEW_TOKENS} tokens"
 
 
-def missing(what: str) -> Fp4rtError:
-    return Fp4rtError("device", f"the CPU backend does not run {what} yet; use device='reference'")
+@dataclass(frozen=True)
+class CpuExperts:
+    """One linear of every expert."""
+
+    experts: tuple[CpuLinear, ...]
+
+    def __getattr__(self, name: str):
+        """Sizes, kernel and reason are those of each expert."""
+        return getattr(self.experts[0], name)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(expert.nbytes for expert in self.experts)
+
+
+def held_bytes(part: Weight) -> int:
+    """What a part takes in memory: the file's bytes, a float32 scale per row, its entry in the table of parts."""
+    vectors = sum(v.nbytes for v in (part.bias, part.pre_quant_scale) if v is not None)
+    again = part.block_scales.nbytes if isinstance(part, Mxfp4) else 0  # one E4M3 scale for 16 values, not for 32
+    return part.nbytes + again + vectors + 4 * part.shape[0] + 8 * kernels.FIELDS
 
 
 class CpuOps(ReferenceOps):
@@ -87,11 +105,8 @@ class CpuOps(ReferenceOps):
 
     # -- At load ------------------------------------------------------------------------------------------------
 
-    def expert_weight(self, experts: Sequence[Sequence[Weight]], *, gated: bool = False):
-        raise missing("mixtures of experts")
-
-    def mamba_weight(self, shape: MambaShape, *values):
-        raise missing("Mamba2 layers")
+    def expert_weight(self, experts: Sequence[Sequence[Weight]], *, gated: bool = False) -> CpuExperts:
+        return CpuExperts(tuple(self.linear_weight(parts, gated=gated) for parts in experts))
 
     def linear_weight(self, parts: Sequence[Weight], *, gated: bool = False) -> CpuLinear:
         rows = [part.shape[0] for part in parts]
@@ -152,28 +167,61 @@ class CpuOps(ReferenceOps):
         return np.ascontiguousarray(weight.dequantize(batch.tokens)) * scale
 
     def linear(self, x, weight, *, norm=None, activation=None, residual=None):
-        if (activation is not None) != weight.gated or activation not in (None, "silu"):
+        if activation not in (None, *ACTIVATIONS) or (activation not in (None, "relu2")) != weight.gated:
             kind = "a gated" if weight.gated else "an ungated"
             raise Fp4rtError("request", f"activation {activation!r} with {kind} weight")
+        fused = activation in (None, "silu")
         tokens, columns = x.shape
         x = np.ascontiguousarray(x, np.float32)
-        out = np.empty((tokens, weight.out_features), np.float32) if residual is None else residual
+        rows = weight.out_features if fused or not weight.gated else 2 * weight.out_features
+        out = np.empty((tokens, rows), np.float32) if residual is None else residual
         tiled = -(-tokens // emit.TILE_TOKENS) * emit.TILE_TOKENS
         padded = -(-columns // kernels.PADDING) * kernels.PADDING
         with runtime.Threads(self.threads):
             kernels.linear(
                 weight.table, weight.row_scale, weight.bias, weight.input_scales, weight.permuted, weight.block_scales,
                 x, _EMPTY if norm is None else norm.weight, 0.0 if norm is None else norm.eps,
-                _NONE if residual is None else residual, weight.gated,
+                _NONE if residual is None else residual, weight.gated and fused,
                 tokens <= kernels.FEW_TOKENS and not self.deterministic, out,
                 self._room("prepared", len(weight.permuted), tiled, padded),
                 self._room("sums", self.threads, 2, tiled, kernels.PANEL_ROWS),
                 self._room("panels", self.threads, kernels.PANEL_ROWS, kernels.PANEL_COLUMNS), self.threads)
-        return out
+        return out if fused else activate(out, activation)
+
+    def experts(self, x, choice, up, down, *, activation, norm=None, residual=None):
+        """The tokens of one expert after another, in the order of experts: no sum depends on a token's company."""
+        if norm is not None:
+            x = rms_norm(x, norm.weight, norm.eps)
+        ids, weights = choice
+        y = np.zeros((len(x), down.out_features), np.float32)
+        for expert in np.unique(ids).tolist():
+            tokens, slots = np.nonzero(ids == expert)
+            inner = self.linear(x[tokens], up.experts[expert], activation=activation)
+            y[tokens] += weights[tokens, slots, None] * self.linear(inner, down.experts[expert])
+        return y if residual is None else residual + y
+
+    def mamba(self, projected, batch, state, weight, shape):
+        tokens, groups = len(projected), shape.num_groups
+        z, xbc, dt = np.split(projected, [shape.inner, shape.inner + shape.conv_width], axis=1)
+        mixed = np.empty((tokens, shape.conv_width), np.float32)
+        y = np.empty((tokens, shape.num_heads, shape.head_dim), np.float32)
+        where = batch.starts, batch.positions, batch.slots
+        with runtime.Threads(self.threads):
+            mamba.convolve(xbc, *where, state.conv, weight.conv, weight.conv_bias, mixed, self.threads)
+            x, B, C = (np.ascontiguousarray(part) for part in np.split(
+                mixed, [shape.inner, shape.inner + groups * shape.state_size], axis=1))
+            mamba.scan(x.reshape(y.shape), B.reshape(tokens, groups, -1), C.reshape(tokens, groups, -1),
+                       softplus(dt + weight.dt_bias), *where, state.ssm, weight.A, weight.D, y, self.threads)
+        gated = (y.reshape(tokens, -1) * silu(z)).reshape(tokens, groups, -1)
+        return rms_norm(gated, weight.norm.reshape(groups, -1), weight.eps).reshape(tokens, -1)
 
     def attention(self, qkv, batch, pages, shape, *, rope, q_norm=None, k_norm=None, v_norm=None, sinks=None):
-        if v_norm is not None or sinks is not None or shape.values_are_keys or shape.shares is not None:
-            raise missing("attention of this kind")
+        if shape.shares is None and (v_norm is not None or shape.values_are_keys):
+            q, k, v = np.split(qkv.reshape(len(qkv), -1, shape.head_dim),
+                               [shape.num_heads, shape.num_heads + shape.num_kv_heads], axis=1)
+            v = k if shape.values_are_keys else v
+            v = v if v_norm is None else rms_norm(v, v_norm.weight, v_norm.eps)
+            qkv = np.concatenate([q, k, v], axis=1).reshape(len(qkv), -1)
         out = np.empty((len(qkv), shape.num_heads * shape.head_dim), np.float32)
         cos, sin = (_NONE, _NONE) if rope is None else rope
         q_norm, k_norm = q_norm or Norm(_EMPTY, 0.0), k_norm or Norm(_EMPTY, 0.0)
@@ -181,7 +229,7 @@ class CpuOps(ReferenceOps):
             kernels.attention(
                 qkv, pages.keys, pages.values, batch.positions, batch.starts, batch.pages[pages.group], cos, sin,
                 q_norm.weight, q_norm.eps, k_norm.weight, k_norm.eps, shape.num_heads, np.float32(shape.scale),
-                shape.window or 0, out, self.threads)
+                shape.window or 0, _EMPTY if sinks is None else sinks, out, self.threads)
         return out
 
     # -- Room ---------------------------------------------------------------------------------------------------
@@ -216,6 +264,11 @@ class CpuOps(ReferenceOps):
         self._views.clear()
 
 
+def _rows(array: np.ndarray) -> np.ndarray:
+    """The array itself where each row lies in one piece (rows may be apart), else a copy of it."""
+    return array if array.strides[1] == array.itemsize and array.strides[0] > 0 else np.ascontiguousarray(array)
+
+
 def _address(array: np.ndarray) -> int:
     return array.__array_interface__["data"][0]
 
@@ -223,12 +276,15 @@ def _address(array: np.ndarray) -> int:
 def _operands(part: Weight) -> tuple[int, np.ndarray, np.ndarray, np.ndarray | float]:
     """(kind, codes, scales, row scale): what the kernels read, rows contiguous; the row scale restores E4M3's 2^8."""
     if isinstance(part, Nvfp4):
-        return (emit.NVFP4, np.ascontiguousarray(part.codes), np.ascontiguousarray(part.block_scales),
+        return (emit.NVFP4, _rows(part.codes), _rows(part.block_scales),
                 np.float32(part.global_scale) * np.float32(256))
     if isinstance(part, Fp8):
-        codes, scales = np.ascontiguousarray(part.codes), np.ascontiguousarray(part.scales, np.float32)
+        codes, scales = _rows(part.codes), np.ascontiguousarray(part.scales, np.float32)
         if scales.shape[1] == 1:
             return emit.FP8, codes, _NONE, np.repeat(scales[:, 0], part.block[0])[:len(codes)] * np.float32(256)
         return emit.FP8_BLOCK, codes, scales, 256.0
+    if isinstance(part, Mxfp4):
+        scales, row_scale = part.scales_as_e4m3()
+        return emit.NVFP4, _rows(part.codes), scales, row_scale * np.float32(256)
     assert isinstance(part, Dense)
-    return _DENSE[part.format], np.ascontiguousarray(part.data), _NONE, 1.0
+    return _DENSE[part.format], _rows(part.data), _NONE, 1.0

@@ -218,13 +218,14 @@ def _turn(head, norm_weight, eps, cos, sin, at):
 
 @njit
 def _open_token(row, heads, keys, values, page, slot, q_norm, q_eps, k_norm, k_eps, cos, sin, at):
-    """Norm and rotate a token's q and k in place; write k and v to their page."""
+    """Norm and rotate a token's q and k in place; write k and v to their page. A row of q alone writes nothing."""
     kv_heads, dim = keys.shape[1], keys.shape[2]
-    for h in range(heads + kv_heads):
+    own = len(row) > heads * dim
+    for h in range(heads + kv_heads if own else heads):
         of_k = h >= heads
         _turn(row[h * dim:(h + 1) * dim], k_norm if of_k else q_norm, k_eps if of_k else q_eps, cos, sin, at)
     k, v = heads * dim, (heads + kv_heads) * dim
-    for h in range(kv_heads):
+    for h in range(kv_heads if own else 0):
         for d in range(dim):
             keys[page, h, d, slot] = row[k + h * dim + d]
             values[page, h, slot, d] = row[v + h * dim + d]
@@ -232,8 +233,10 @@ def _open_token(row, heads, keys, values, page, slot, q_norm, q_eps, k_norm, k_e
 
 @compiled(parallel=True)
 def attention(qkv, keys, values, positions, starts, pages, cos, sin, q_norm, q_eps, k_norm, k_eps, heads, scale, window,
-              out, threads):
+              sinks, out, threads):
     """Attention over pages; see Ops.attention. q and k in `qkv` are normed and rotated in place.
+
+    qkv: q, k and v of each token, v as it is to be written; or q alone, and nothing is written. sinks: [H] or empty.
 
     keys: float32 [pages, Hk, hd, PAGE_TOKENS] (so that scores of a page are sums of whole vectors), values: float32
     [pages, Hk, PAGE_TOKENS, hd rounded up to 16]. cos, sin [positions, hd/2] or [0, 0]. window: 0 for none.
@@ -312,6 +315,8 @@ def attention(qkv, keys, values, positions, starts, pages, cos, sin, q_norm, q_e
                 weight = np.float32(0)
                 for lane in range(LANES):
                     weight += total[r, lane]
+                if len(sinks):
+                    weight += np.exp(sinks[head * group + r % group] - highest[r])
                 at = (head * group + r % group) * dim
                 for d in range(dim):
                     out[first + r // group, at + d] = sums[r, d] / weight

@@ -10,11 +10,26 @@ from fp4rt.batch import PAGE_TOKENS
 from fp4rt.errors import Fp4rtError
 from fp4rt.ops import AttentionShape, MambaShape, Ops
 
+MAX_SEQUENCES = 64     # that run in one step
+SLOTS_BYTES = 1 << 30  # of recurrent state, at most (but 4 sequences always fit)
+
 Memory = AttentionShape | MambaShape | None  # what one layer remembers
 
 
 def pages_for(tokens: int) -> int:
     return -(-tokens // PAGE_TOKENS)
+
+
+def describe(shape: Memory) -> str:
+    """What a layer remembers, for people."""
+    if isinstance(shape, MambaShape):
+        return f"Mamba2 of {shape.num_heads} heads of {shape.head_dim}, state {shape.state_size}"
+    if shape is None:
+        return "no memory"
+    notes = [f"window {shape.window}" if shape.window else "", "values are keys" if shape.values_are_keys else "",
+             "reads another layer's" if shape.shares is not None else ""]
+    return ", ".join([f"attention of {shape.num_heads} heads on {shape.num_kv_heads} of {shape.head_dim}",
+                      *filter(None, notes)])
 
 
 @dataclass
@@ -38,6 +53,11 @@ class Plan:
         self.page_bytes = [sum(ops.kv_page_bytes(shape) for shape in paged if shape.window == window)
                            for window in self.windows]
         self.slot_bytes = sum(ops.mamba_state_bytes(shape) for shape in memory if isinstance(shape, MambaShape))
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences may run in one step: each needs a slot, and slots together take little."""
+        return min(MAX_SEQUENCES, max(4, SLOTS_BYTES // self.slot_bytes)) if self.slot_bytes else MAX_SEQUENCES
 
     def group(self, shape: AttentionShape) -> int:
         return self.windows.index(shape.window)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fp4rt.batch import PAGE_TOKENS
-from fp4rt.cache import Plan
+from fp4rt.cache import Plan, describe
 from fp4rt.errors import Fp4rtError
 from fp4rt.formats import Fp8
-from fp4rt.llm import DEFAULT_CONTEXT, MAX_SEQUENCES, cache_pages, check_context, parse_size, reserve_workspace
+from fp4rt.llm import DEFAULT_CONTEXT, cache_pages, check_context, parse_size, reserve_workspace
 from fp4rt.loading import Loader
 from fp4rt.models import load_model, read_config
 from fp4rt.ops.planning import Headers, planning_ops
@@ -34,7 +34,7 @@ class WeightKind:
 class Inspection:
     """Everything in bytes and tokens.
 
-    architecture: sizes from the config. kinds: the linears, the head among them. other_bytes: norms, and the embedding
+    architecture: sizes from the config. layers: how many remember what. kinds: the linears, the head among them. other_bytes: norms, and the embedding
     where it is not the head. table_bytes: rotary angles. unread: (what, how many, why) of tensors that are not used.
     read_per_token: bytes of weights that each decode step reads; kv_per_token: that each token of context adds to it,
     and takes. workspace: of the widest step. free: what may be allocated, None if unknown. context: the tokens that
@@ -44,6 +44,7 @@ class Inspection:
     path: str
     model_type: str
     architecture: dict[str, int | float | bool | str]
+    layers: tuple[tuple[int, str], ...]
     tensors: int
     files: int
     file_bytes: int
@@ -93,7 +94,7 @@ def inspect(path: str | Path, *, device: str = "auto", arch: str | None = None, 
     weight_bytes = linear_bytes + other_bytes
 
     def cache_bytes(tokens: int) -> int:
-        return plan.nbytes(cache_pages(ops, plan, tokens), MAX_SEQUENCES)
+        return plan.nbytes(cache_pages(ops, plan, tokens), plan.sequences)
 
     free, largest = ops.free_memory(), None
     if free is not None:
@@ -107,8 +108,8 @@ def inspect(path: str | Path, *, device: str = "auto", arch: str | None = None, 
     return Inspection(
         path=str(checkpoint.path), model_type=config.get("model_type"),
         architecture={name: value for name, value in sizes.__dict__.items()
-                      if isinstance(value, (int, float, bool, str))} | {
-            "sliding_window": max(window or 0 for window in plan.windows)},
+                      if isinstance(value, (int, float, bool, str))} | {"num_hidden_layers": len(model.memory)},
+        layers=tuple((count, kind) for kind, count in Counter(map(describe, model.memory)).items()),
         tensors=len(checkpoint.names()), files=len(checkpoint.files()), file_bytes=checkpoint.nbytes, kinds=found,
         parameters=sum(kind.parameters for kind in found) + embedding, other_bytes=other_bytes,
         table_bytes=ops.table_bytes, unread=tuple(

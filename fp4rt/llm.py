@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence as SequenceOf
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,9 @@ from fp4rt.ops import Ops
 from fp4rt.ops.select import make_ops
 from fp4rt.sampling import Sampling
 from fp4rt.source import resolve
-from fp4rt.text import StopStrings, Text
+from fp4rt.text import Piece, Splitter, StopStrings, Text
 
 DEFAULT_CONTEXT = 8192  # tokens of room unless more is asked for: enough for most, small on every card
-MAX_SEQUENCES = 64      # that run in one step
 
 Message = dict[str, Any]
 Prompt = str | SequenceOf[int]
@@ -36,12 +35,14 @@ Prompt = str | SequenceOf[int]
 class Output:
     """What came of one prompt.
 
-    ids: the generated token ids, the stop id included. text: without special tokens, and up to a stop string.
-    finish_reason: "stop" (a stop id or stop string) or "length" (max_tokens, or the context is full).
+    ids: the generated token ids, the stop id included. text: without special tokens, and up to a stop string; in a
+    chat the answer alone. reasoning: what a chat's model thought before, "" where it did not; stop strings do not
+    count in it. finish_reason: "stop" (a stop id or stop string) or "length" (max_tokens, or the context is full).
     """
 
     ids: list[int]
     text: str
+    reasoning: str
     finish_reason: str
     prompt_tokens: int
 
@@ -130,22 +131,25 @@ def reserve_workspace(ops: Ops, decoder: Any, plan: Plan, room: int) -> int:
     """Make a backend ready for the widest steps that contexts of `room` tokens can need: bytes."""
     scratch = Cache(plan, [1] * len(plan.windows), 1)
 
-    def step(tokens: int, sequences: int, rows: int) -> Any:
+    def step(tokens: int, sequences: int, rows: int) -> None:
         zeros = np.zeros(tokens, np.int32)
         starts = np.arange(sequences + 1, dtype=np.int32) * (tokens // sequences)
         pages = np.zeros((len(plan.windows), sequences, pages_for(room)), np.int32)
-        return decoder(ops.batch(Batch(zeros, zeros, starts, zeros[:sequences] + room, pages, zeros[:sequences],
-                                       np.arange(rows, dtype=np.int32))), scratch.layers)
+        decoder(ops.batch(Batch(zeros, zeros, starts, zeros[:sequences] + room, pages, zeros[:sequences],
+                                np.arange(rows, dtype=np.int32))), scratch.layers)
 
-    tokens = min(ops.step_tokens, room)
-    prefill = ops.reserve(lambda: step(tokens, 1, min(MAX_SEQUENCES, tokens)))
-    decode = ops.reserve(lambda: step(MAX_SEQUENCES, MAX_SEQUENCES, MAX_SEQUENCES))
-    return max(prefill, decode)
+    def widest() -> None:
+        tokens, sequences = min(ops.step_tokens, room), plan.sequences
+        step(tokens, 1, min(sequences, tokens))                         # a prompt, and its logits
+        step(sequences, sequences, sequences)                           # as many sequences as may run
+        step(max(tokens, 2 * sequences), sequences, sequences)          # prompts beside them
+
+    return ops.reserve(widest)
 
 
 def cache_pages(ops: Ops, plan: Plan, tokens: int) -> list[int]:
     """Pages per group for `tokens` tokens in all; behind a window, for as many sequences as it pays to run together."""
-    return plan.pages(tokens, max(ops.step_tokens, LEASE), MAX_SEQUENCES // 8)
+    return plan.pages(tokens, max(ops.step_tokens, LEASE), max(1, plan.sequences // 8))
 
 
 def _make_engine(ops: Ops, decoder: Any, room: int, must: bool) -> tuple[Engine, int]:
@@ -157,12 +161,12 @@ def _make_engine(ops: Ops, decoder: Any, room: int, must: bool) -> tuple[Engine,
     def size(tokens: int) -> list[int]:
         return cache_pages(ops, plan, tokens)
 
-    while free is not None and fits > 0 and plan.nbytes(size(fits), MAX_SEQUENCES) > free:
+    while free is not None and fits > 0 and plan.nbytes(size(fits), plan.sequences) > free:
         fits = (fits - 1) // PAGE_TOKENS * PAGE_TOKENS if not must else 0
     if fits <= 0:
-        raise Fp4rtError("memory", f"remembering {room} tokens takes {plan.nbytes(size(room), MAX_SEQUENCES) / 1e6:.0f} MB "
+        raise Fp4rtError("memory", f"remembering {room} tokens takes {plan.nbytes(size(room), plan.sequences) / 1e6:.0f} MB "
                          f"and {free / 1e6:.0f} MB are free beside weights and workspace; ask for fewer with max_model_len")
-    return Engine(ops, decoder, Cache(plan, size(fits), MAX_SEQUENCES), MAX_SEQUENCES), workspace
+    return Engine(ops, decoder, Cache(plan, size(fits), plan.sequences), plan.sequences), workspace
 
 
 class LLM:
@@ -218,12 +222,24 @@ class LLM:
 
     def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> Iterator[str]:
         """Continue one prompt, yielding text as whole characters become known."""
-        yield from self._stream(self._sequence(self.encode(prompt), sampling))
+        with closing(self._stream(self._sequence(self.encode(prompt), sampling))) as pieces:
+            yield from (text for _, text in pieces)
 
-    def chat(self, messages: SequenceOf[Message], sampling: Sampling | None = None, **template_arguments: Any) -> Output:
-        """The assistant's reply to messages, through the checkpoint's own chat template."""
-        ids = self.text.encode_chat(messages, **template_arguments)
-        return self._collect([self._sequence(ids, sampling)])[0]
+    def chat(self, messages: SequenceOf[Message], sampling: Sampling | None = None, *, think: bool | None = None,
+             **template_arguments: Any) -> Output:
+        """The assistant's reply to messages, through the checkpoint's own chat template.
+
+        think: whether to reason before the answer; None is as the template does by itself. template_arguments: what
+        else it looks at, such as reasoning_effort. Raises Fp4rtError("request") where it cannot be told.
+        """
+        ids = self.text.encode_chat(messages, think=think, **template_arguments)
+        return self._collect([self._sequence(ids, sampling)], [self.text.splitter(ids)])[0]
+
+    def stream_chat(self, messages: SequenceOf[Message], sampling: Sampling | None = None, *,
+                    think: bool | None = None, **template_arguments: Any) -> Iterator[Piece]:
+        """`chat`, yielding pieces as they become known: ("reasoning", text) and ("answer", text)."""
+        ids = self.text.encode_chat(messages, think=think, **template_arguments)
+        yield from self._stream(self._sequence(ids, sampling), self.text.splitter(ids))
 
     def session(self, sampling: Sampling | None = None) -> Session:
         """A conversation whose keys and values are kept between turns."""
@@ -263,27 +279,31 @@ class LLM:
                              f"{', with room for an answer' if need else ''}: shorten it or raise max_model_len "
                              f"(the model takes {self.engine.model.config.max_position_embeddings})")
 
-    def _collect(self, sequences: list[Sequence]) -> list[Output]:
-        texts = {id(sequence): self._decoder(sequence) for sequence in sequences}
-        pieces: dict[int, list[str]] = {id(sequence): [] for sequence in sequences}
+    def _collect(self, sequences: list[Sequence], splitters: SequenceOf[Splitter | None] = ()) -> list[Output]:
+        splitters = splitters or [None] * len(sequences)
+        texts = {id(one): self._decoder(one, splitter) for one, splitter in zip(sequences, splitters)}
+        pieces: dict[int, list[Piece]] = {id(sequence): [] for sequence in sequences}
         for sequence, token in self._run(sequences):
-            pieces[id(sequence)].append(texts[id(sequence)].push(sequence, token))
-        return [Output(s.generated, "".join(pieces[id(s)]) + texts[id(s)].finish(), s.finish_reason, s.prompt_length)
-                for s in sequences]
+            pieces[id(sequence)] += texts[id(sequence)].push(sequence, token)
+        outputs = []
+        for one in sequences:
+            said = {"answer": "", "reasoning": ""}
+            for kind, text in [*pieces[id(one)], *texts[id(one)].finish()]:
+                said[kind] += text
+            outputs.append(Output(one.generated, said["answer"], said["reasoning"], one.finish_reason, one.prompt_length))
+        return outputs
 
-    def _stream(self, sequence: Sequence) -> Iterator[str]:
-        decoder = self._decoder(sequence)
+    def _stream(self, sequence: Sequence, splitter: Splitter | None = None) -> Iterator[Piece]:
+        decoder = self._decoder(sequence, splitter)
         for _, token in self._run([sequence]):
-            if piece := decoder.push(sequence, token):
-                yield piece
-        if rest := decoder.finish():
-            yield rest
+            yield from decoder.push(sequence, token)
+        yield from decoder.finish()
 
-    def _decoder(self, sequence: Sequence) -> _TextOut:
+    def _decoder(self, sequence: Sequence, splitter: Splitter | None) -> _TextOut:
         has_text = (self.checkpoint.path / "tokenizer.json").is_file()
         if sequence.sampling.stop and not has_text:
             self.text  # raises: stop strings need a tokenizer
-        return _TextOut(self.text if has_text else None, sequence.sampling.stop)
+        return _TextOut(self.text if has_text else None, sequence.sampling.stop, splitter)
 
     def _run(self, sequences: list[Sequence]) -> Iterator[tuple[Sequence, int]]:
         """The engine's events for these sequences, timed, one caller at a time."""
@@ -342,24 +362,33 @@ def _is_ids(prompt: Any) -> bool:
 
 
 class _TextOut:
-    """Text of one sequence as its tokens come, ending it at a stop string."""
+    """Text of one sequence as its tokens come, in a chat with thoughts told apart; a stop string in the answer ends it."""
 
-    def __init__(self, text: Text | None, stop: tuple[str, ...]):
+    def __init__(self, text: Text | None, stop: tuple[str, ...], splitter: Splitter | None):
         self.stream = text.stream() if text else None
-        self.stops = StopStrings(stop)
+        self.stops, self.splitter = StopStrings(stop), splitter
 
-    def push(self, sequence: Sequence, token: int) -> str:
+    def push(self, sequence: Sequence, token: int) -> list[Piece]:
         if self.stream is None or token in sequence.stop_ids:
-            return ""
-        piece = self.stops.push(self.stream.push(token))
+            return []
+        text = self.stream.push(token)
+        pieces = self._until_stop(self.splitter.push(token, text) if self.splitter else [("answer", text)])
         if self.stops.found:
             sequence.finish_reason = "stop"
-        return piece
+        return pieces
 
-    def finish(self) -> str:
+    def finish(self) -> list[Piece]:
         if self.stream is None or self.stops.found:
-            return ""
-        return self.stops.push(self.stream.finish()) + self.stops.finish()
+            return []
+        text = self.stream.finish()
+        pieces = self._until_stop(self.splitter.finish(text) if self.splitter else [("answer", text)])
+        rest = self.stops.finish()
+        return [*pieces, ("answer", rest)] if rest else pieces
+
+    def _until_stop(self, pieces: list[Piece]) -> list[Piece]:
+        ended = [(kind, self.stops.push(text) if kind == "answer" else text)
+                 for kind, text in pieces if not self.stops.found]
+        return [(kind, text) for kind, text in ended if text]
 
 
 @dataclass
@@ -376,10 +405,19 @@ class Session:
     def __post_init__(self) -> None:
         self.llm._sessions.append(self)
 
-    def send(self, content: str, **template_arguments: Any) -> Iterator[str]:
-        """Add a user's turn and stream the reply, which becomes part of `messages` (what came of it, if stopped)."""
+    def send(self, content: str, *, think: bool | None = None, **template_arguments: Any) -> Iterator[str]:
+        """Add a user's turn and stream the answer, as `stream` does, without the reasoning."""
+        with closing(self.stream(content, think=think, **template_arguments)) as pieces:
+            yield from (text for kind, text in pieces if kind == "answer")
+
+    def stream(self, content: str, *, think: bool | None = None, **template_arguments: Any) -> Iterator[Piece]:
+        """Add a user's turn and stream the reply as `LLM.stream_chat` does.
+
+        The reply becomes part of `messages` (what came of it, if stopped), reasoning as "reasoning_content", of which
+        the template decides what the model sees again.
+        """
         turn = [*self.messages, {"role": "user", "content": content}]
-        ids = self.llm.text.encode_chat(turn, **template_arguments)
+        ids = self.llm.text.encode_chat(turn, think=think, **template_arguments)
         sequence = self.llm._sequence(ids, self.sampling)
         common = next((i for i, (a, b) in enumerate(zip(self.ids, ids)) if a != b), min(len(self.ids), len(ids)))
         common = min(common, len(ids) - 1)
@@ -388,14 +426,15 @@ class Session:
             common = 0
         sequence.remembered = self.reused_tokens = common
         sequence.keep, sequence.held = True, self.held
-        pieces: list[str] = []
+        said = {"answer": "", "reasoning": ""}
         try:
-            for piece in self.llm._stream(sequence):
-                pieces.append(piece)
-                yield piece
+            for kind, text in self.llm._stream(sequence, self.llm.text.splitter(ids)):
+                said[kind] += text
+                yield kind, text
         finally:
             self.ids = sequence.ids[:sequence.remembered]
-            self.messages = [*turn, {"role": "assistant", "content": "".join(pieces)}]
+            thought = {"reasoning_content": said["reasoning"]} if said["reasoning"] else {}
+            self.messages = [*turn, {"role": "assistant", "content": said["answer"], **thought}]
 
     def forget(self) -> None:
         """Free the keys and values; the messages stay and are computed again when needed."""

@@ -29,10 +29,10 @@ def command(model: str, as_json: bool, revision: str | None, **given: Any) -> No
         return
     a = found.architecture
     click.echo(f"{found.path}: {found.model_type}, {found.parameters / 1e6:.1f} M parameters")
-    click.echo(f"{a['num_hidden_layers']} layers of {a['hidden_size']}, inner size {a['intermediate_size']}, "
-               f"{a['num_attention_heads']} heads on {a['num_key_value_heads']} of {a['head_dim']}, "
-               f"vocabulary {a['vocab_size']}{' (tied)' if a['tie_word_embeddings'] else ''}, up to "
-               f"{a['max_position_embeddings']} tokens" + (f", window {w}" if (w := a["sliding_window"]) else ""))
+    click.echo(f"{a['num_hidden_layers']} layers of {a['hidden_size']}, vocabulary {a['vocab_size']}"
+               f"{' (tied)' if a['tie_word_embeddings'] else ''}, up to {a['max_position_embeddings']} tokens")
+    for count, kind in found.layers:
+        click.echo(f"{count:7}  {kind}")
     click.echo(f"{found.tensors} tensors in {found.files} file{'s' * (found.files > 1)}, {size(found.file_bytes)}")
     click.echo()
     click.echo(f"{'linears':>7}  {'format':15}  {'in file':>9}  {'in memory':>9}  kernel")

@@ -290,7 +290,8 @@ class LLM:
             said = {"answer": "", "reasoning": ""}
             for kind, text in [*pieces[id(one)], *texts[id(one)].finish()]:
                 said[kind] += text
-            outputs.append(Output(one.generated, said["answer"], said["reasoning"], one.finish_reason, one.prompt_length))
+            outputs.append(Output(one.generated, said["answer"], said["reasoning"], one.finish_reason,
+                                  one.prompt_length))
         return outputs
 
     def _stream(self, sequence: Sequence, splitter: Splitter | None = None) -> Iterator[Piece]:
@@ -362,7 +363,7 @@ def _is_ids(prompt: Any) -> bool:
 
 
 class _TextOut:
-    """Text of one sequence as its tokens come, in a chat with thoughts told apart; a stop string in the answer ends it."""
+    """Text of one sequence as its tokens come, thoughts told apart in a chat; a stop string in the answer ends it."""
 
     def __init__(self, text: Text | None, stop: tuple[str, ...], splitter: Splitter | None):
         self.stream = text.stream() if text else None

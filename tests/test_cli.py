@@ -170,7 +170,7 @@ def test_every_option_reaches_the_library(monkeypatch):
 
 def test_chat_goes_through_the_template(monkeypatch):
     seen = []
-    monkeypatch.setattr(LLM, "stream", lambda self, prompt, sampling: seen.append((self.text, prompt)) or iter(()))
+    monkeypatch.setattr(LLM, "_stream", lambda self, sequence, _: seen.append((self.text, sequence.ids)) or iter(()))
     assert run("generate", CHECKPOINT, "Hi", "--chat", "--system", "Be kind.", "-q", *ON).exit_code == 0
     text, ids = seen[0]
     assert text.decode(ids, skip_special=False) == (

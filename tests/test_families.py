@@ -70,9 +70,10 @@ def test_a_conversation_equals_its_whole_text(name: str, backend: str):
         session, messages = llm.session(greedy(5)), []
         for turn in ("one scale", "and another", "of three"):
             messages.append({"role": "user", "content": turn})
-            reply = "".join(session.send(turn))
-            assert llm.chat(messages, greedy(5)).text == reply
-            messages.append({"role": "assistant", "content": reply})
+            reply = "".join(text for _, text in session.stream(turn))
+            found = llm.chat(messages, greedy(5))
+            assert reply and found.reasoning + found.text == reply
+            messages.append(session.messages[-1])
 
 
 def test_a_long_recurrence_stays_in_float32():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,28 @@ import click
 if TYPE_CHECKING:
     from fp4rt.llm import LLM
     from fp4rt.sampling import Sampling
+    from fp4rt.text import Piece
+
+
+def template_arguments(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> dict[str, Any]:
+    """KEY=VALUE options as what a chat template is given: a VALUE that is JSON as its value, any other as text."""
+    found: dict[str, Any] = {}
+    for one in given:
+        from fp4rt.text import RESERVED
+
+        key, separator, value = one.partition("=")
+        if not separator or not key.isidentifier():
+            raise click.BadParameter(f"{one!r} is not KEY=VALUE")
+        if key in RESERVED:
+            raise click.BadParameter(f"{key} is set by fp4rt" + (": use --think" if key == "think" else ""))
+        if key in found:
+            raise click.BadParameter(f"{key} is given twice")
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            found[key] = value
+    return found
+
 
 LOAD_OPTIONS = [
     click.option("--device", type=click.Choice(["auto", "cuda", "cpu", "reference"]), default="auto", show_default=True,
@@ -37,6 +60,13 @@ SAMPLING_OPTIONS = [
     click.option("--seed", type=int, metavar="N", help="The same seed gives the same text.  [default: a new one]"),
     click.option("--stop", multiple=True, metavar="TEXT", help="End before this text (may be given several times)."),
     click.option("--ignore-eos", is_flag=True, help="Go on after an end-of-text token."),
+]
+CHAT_OPTIONS = [
+    click.option("--system", metavar="TEXT", help="The system message."),
+    click.option("--think/--no-think", default=None, help="Reason before the answer, or do not, where the model's chat "
+                 "template has a switch.  [default: as the template does]"),
+    click.option("--template-arg", "arguments", multiple=True, metavar="KEY=VALUE", callback=template_arguments,
+                 help="What else the chat template looks at; VALUE is JSON or else text (may be given several times)."),
 ]
 
 
@@ -73,6 +103,22 @@ def load(model: str, *, quiet: bool, **given: Any) -> LLM:
         for line in llm.report:
             click.echo(line, err=True)
     return llm
+
+
+def write_reply(pieces: Iterable[Piece], quiet: bool) -> None:
+    """The answer to stdout; the reasoning, unless `quiet`, to stderr, where a person sees it dim."""
+    reasoning = False
+    for kind, text in pieces:
+        if kind == "reasoning" and not quiet:
+            click.secho(text, dim=True, err=True, nl=False)
+        elif kind == "answer":
+            if reasoning:
+                click.echo("\n", err=True)
+            click.echo(text, nl=False)
+        reasoning = kind == "reasoning" and not quiet
+    if reasoning:
+        click.echo(err=True)
+    click.echo()
 
 
 def figures(llm: LLM) -> str:

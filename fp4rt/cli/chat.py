@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fp4rt.cli._common import MODEL_OPTIONS, SAMPLING_OPTIONS, figures, load, options, take_sampling
+from fp4rt.cli._common import (CHAT_OPTIONS, MODEL_OPTIONS, SAMPLING_OPTIONS, figures, load, options, take_sampling,
+                               write_reply)
 from fp4rt.errors import Fp4rtError
 
 if TYPE_CHECKING:
@@ -23,16 +24,18 @@ HELP = """/clear           start the conversation anew (the system message stays
 
 @click.command()
 @click.argument("model")
-@click.option("--system", metavar="TEXT", help="The system message.")
-@options(SAMPLING_OPTIONS, MODEL_OPTIONS)
-def command(model: str, system: str | None, quiet: bool, **given: Any) -> None:
+@options(CHAT_OPTIONS, SAMPLING_OPTIONS, MODEL_OPTIONS)
+def command(model: str, system: str | None, think: bool | None, arguments: dict[str, Any], quiet: bool,
+            **given: Any) -> None:
     """Talk to MODEL: every line is a turn, and lines that begin with / are commands (/help lists them).
 
-    Keys and values are kept between turns, so only what is new is computed.
+    Keys and values are kept between turns, so only what is new is computed. Answers go to stdout, what the model thinks
+    before them to stderr.
     """
     sampling = take_sampling(given)
     with load(model, quiet=quiet, **given) as llm:
-        llm.text.render_chat([{"role": "user", "content": "?"}])  # no template: say so now, not after the first turn
+        # No template, or no switch in it: say so now, not after the first turn.
+        llm.text.render_chat([{"role": "user", "content": "?"}], think=think, **arguments)
         session = llm.session(sampling)
         set_system(session, system or "")
         if not quiet and sys.stdin.isatty():
@@ -42,7 +45,7 @@ def command(model: str, system: str | None, quiet: bool, **given: Any) -> None:
                 if not obey(session, *(line.split(maxsplit=1) + [""])[:2]):
                     return
             elif line:
-                turn(session, line)
+                turn(session, line, quiet, think=think, **arguments)
 
 
 def lines() -> Iterator[str]:
@@ -73,13 +76,11 @@ def lines() -> Iterator[str]:
         yield line.strip()
 
 
-def turn(session: Session, content: str) -> None:
+def turn(session: Session, content: str, quiet: bool, **arguments: Any) -> None:
     """One turn of the user and the reply to it. A person may stop it or get it wrong and go on; a pipe ends."""
     try:
-        with closing(session.send(content)) as reply:
-            for piece in reply:
-                click.echo(piece, nl=False)
-        click.echo()
+        with closing(session.stream(content, **arguments)) as reply:
+            write_reply(reply, quiet)
     except KeyboardInterrupt:
         if not sys.stdin.isatty():
             raise

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from fp4rt.cli._common import MODEL_OPTIONS, SAMPLING_OPTIONS, figures, load, options, take_sampling
+from fp4rt.cli._common import (CHAT_OPTIONS, MODEL_OPTIONS, SAMPLING_OPTIONS, figures, load, options, take_sampling,
+                               write_reply)
 from fp4rt.errors import Fp4rtError
 
 MAX_INPUT_BYTES = 64 << 20  # more text than any context holds
@@ -17,16 +18,19 @@ MAX_INPUT_BYTES = 64 << 20  # more text than any context holds
 @click.argument("model")
 @click.argument("prompt", required=False)
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
-@click.option("--system", metavar="TEXT", help="The system message, with --chat.")
-@options(SAMPLING_OPTIONS, MODEL_OPTIONS)
-def command(model: str, prompt: str | None, chat: bool, system: str | None, quiet: bool, **given: Any) -> None:
+@options(CHAT_OPTIONS, SAMPLING_OPTIONS, MODEL_OPTIONS)
+def command(model: str, prompt: str | None, chat: bool, system: str | None, think: bool | None,
+            arguments: dict[str, Any], quiet: bool, **given: Any) -> None:
     """Continue PROMPT and write the text to stdout.
 
-    PROMPT is read from stdin where it is - or absent; one line break at its end is not part of it. Sampling options
-    that are not given are as the model's generation_config.json says.
+    PROMPT is read from stdin where it is - or absent; one line break at its end is not part of it. With --chat it is
+    answered; what the model thinks before goes to stderr. --system, --think and --template-arg belong to --chat.
+    Sampling options that are not given are as the model's generation_config.json says.
     """
-    if system is not None and not chat:
-        raise click.UsageError("--system needs --chat")
+    for name, is_given in (("--system", system is not None), ("--think", think is not None),
+                           ("--template-arg", bool(arguments))):
+        if is_given and not chat:
+            raise click.UsageError(f"{name} needs --chat")
     if prompt is None and (sys.stdin is None or sys.stdin.isatty()):
         raise click.UsageError("Missing argument 'PROMPT' (or give it on stdin).")
     sampling = take_sampling(given)
@@ -34,9 +38,8 @@ def command(model: str, prompt: str | None, chat: bool, system: str | None, quie
     with load(model, quiet=quiet, **given) as llm:
         messages = [*([{"role": "system", "content": system}] if system is not None else []),
                     {"role": "user", "content": text}]
-        for piece in llm.stream(llm.text.encode_chat(messages) if chat else text, sampling):
-            click.echo(piece, nl=False)
-        click.echo()
+        write_reply(llm.stream_chat(messages, sampling, think=think, **arguments) if chat
+                    else (("answer", piece) for piece in llm.stream(text, sampling)), quiet)
         if not quiet:
             click.echo(figures(llm), err=True)
 

@@ -10,12 +10,16 @@ from tokenizers import Tokenizer
 
 from fp4rt.checkpoint import read_json
 from fp4rt.errors import Fp4rtError
+from fp4rt.text.reasoning import PROMPT_TAIL, Kind, Piece, Splitter, make_splitter, switch_thinking
 from fp4rt.text.stream import StopStrings, TextStream, TokenBytes
 from fp4rt.text.template import ChatTemplate, find_template
 
-__all__ = ["StopStrings", "Text", "TextStream"]
+__all__ = ["RESERVED", "Kind", "Piece", "Splitter", "StopStrings", "Text", "TextStream"]
 
 MAX_TOKENIZER_BYTES = 256 << 20
+SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+# Variables of a chat template that are not a caller's to set.
+RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "think", "sampling", *SPECIAL})
 
 
 class Text:
@@ -65,13 +69,18 @@ class Text:
     # -- Chat ---------------------------------------------------------------------------------------------------
 
     def render_chat(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True,
-                    tools: list[dict[str, Any]] | None = None, **arguments: Any) -> str:
+                    tools: list[dict[str, Any]] | None = None, think: bool | None = None, **arguments: Any) -> str:
         """The text of a conversation by the checkpoint's chat template.
 
-        messages: [{"role": ..., "content": ...}, ...]. tools: function descriptions as JSON schema. arguments: what
-        else this template looks at ("enable_thinking", ...). Raises Fp4rtError: "request" where the template refuses
-        the messages, "checkpoint" where there is no template, it is broken, or it exceeds its time or memory.
+        messages: [{"role": ..., "content": ...}, ...]; an assistant's may have a "reasoning_content". tools: function
+        descriptions as JSON schema. think: whether to reason; None is as the template does by itself. arguments: what
+        else this template looks at ("reasoning_effort", ...). Raises Fp4rtError: "request" where the template refuses
+        the messages or cannot be told to think or not to, "checkpoint" where there is no template, it is broken, or
+        it exceeds its time or memory.
         """
+        if taken := RESERVED & arguments.keys():
+            raise Fp4rtError("request", f"{', '.join(sorted(taken))}: set by the conversation or the tokenizer, not a "
+                                        "template argument")
         if not isinstance(messages, (list, tuple)) or not messages:
             raise Fp4rtError("request", "messages must be a list with at least one message")
         for index, message in enumerate(messages):
@@ -85,16 +94,27 @@ class Text:
                 if kind != "text":
                     raise Fp4rtError("request", f"messages[{index}]: content holds a part of type {str(kind)[:40]!r}; "
                                                 "only text is taken, no images or audio")
-        if self._template is None:
-            self._template = find_template(self.path, self._config)
-        special = {name: token for name in ("bos_token", "eos_token", "pad_token", "unk_token")
-                   if (token := self._special(name)) is not None}
-        return self._template.render({**special, "messages": list(messages), "tools": tools, "documents": None,
-                                      "add_generation_prompt": add_generation_prompt, **arguments})
+        if think is not None:
+            messages, arguments = switch_thinking(think, self.template.interest(bool(tools)), messages, arguments)
+        special = {name: token for name in SPECIAL if (token := self._special(name)) is not None}
+        return self.template.render({**special, "messages": list(messages), "tools": tools, "documents": None,
+                                     "add_generation_prompt": add_generation_prompt, **arguments})
 
     def encode_chat(self, messages: Sequence[dict[str, Any]], **arguments: Any) -> list[int]:
         """The ids of `render_chat`, without adding special tokens: the template has written them already."""
         return self.encode(self.render_chat(messages, **arguments), add_special=False)
+
+    def splitter(self, prompt: Sequence[int]) -> Splitter | None:
+        """What tells reasoning from answer in the reply to a chat's ids; None where the model marks no thoughts."""
+        added = {token.content: (i, token.special) for i, token in self._tokenizer.get_added_tokens_decoder().items()}
+        return make_splitter(added, self.template.source(), self.decode(prompt[-PROMPT_TAIL:], skip_special=False))
+
+    @property
+    def template(self) -> ChatTemplate:
+        """The checkpoint's chat template. Raises Fp4rtError("checkpoint") where it has none."""
+        if self._template is None:
+            self._template = find_template(self.path, self._config)
+        return self._template
 
     # -- Files --------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The program that renders one chat template: a job as JSON on stdin, its text or what went wrong as JSON on stdout.
+"""The program that renders or examines one chat template: a job as JSON on stdin, a reply as JSON on stdout.
 
 It is run by its path (see template.py), so it imports nothing of fp4rt. The Jinja environment is the one that Hugging
 Face transformers gives to templates.
@@ -52,23 +52,38 @@ def environment():
     return jinja
 
 
+def problem(kind, message):
+    return {"kind": kind, "error": " ".join(message.split())[:500]}
+
+
 def render(job):
-    """The reply to a job: {"text"} or {"error", "kind"}."""
+    """{"text"}: the template over the job's variables."""
+    pieces, size = [], 0
+    for piece in environment().from_string(job["template"]).generate(job["variables"]):
+        pieces.append(piece)
+        size += len(piece)
+        if size > job["max_text"]:
+            return problem("checkpoint", f"the chat template writes more than {job['max_text']} characters")
+    return {"text": "".join(pieces)}
+
+
+def examine(job):
+    """{"looks_at", "strings"}: variables that the template does not set itself, and the strings in its code."""
+    from jinja2 import meta, nodes
+
+    parsed = environment().parse(job["template"])
+    return {"looks_at": sorted(meta.find_undeclared_variables(parsed)),
+            "strings": sorted({node.value for node in parsed.find_all(nodes.Const) if isinstance(node.value, str)})}
+
+
+def reply_to(job):
+    """What `render` (a job with variables) or `examine` gives, else {"error", "kind"}."""
     sys.path[:] = job["path"]
     from jinja2 import TemplateError, TemplateSyntaxError
     from jinja2.exceptions import SecurityError
 
-    def problem(kind, message):
-        return {"kind": kind, "error": " ".join(message.split())[:500]}
-
     try:
-        pieces, size = [], 0
-        for piece in environment().from_string(job["template"]).generate(job["variables"]):
-            pieces.append(piece)
-            size += len(piece)
-            if size > job["max_text"]:
-                return problem("checkpoint", f"the chat template writes more than {job['max_text']} characters")
-        return {"text": "".join(pieces)}
+        return render(job) if "variables" in job else examine(job)
     except TemplateSyntaxError as error:
         return problem("checkpoint", f"line {error.lineno} of the chat template is not valid: {error.message}")
     except SecurityError as error:
@@ -86,5 +101,5 @@ def render(job):
 if __name__ == "__main__":
     job = json.load(sys.stdin.buffer)
     limit(job["cpu_seconds"], job["memory_bytes"])
-    reply = render(job)
+    reply = reply_to(job)
     json.dump(reply, sys.stdout)

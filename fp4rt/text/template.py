@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fp4rt.errors import Fp4rtError
+from fp4rt.text.reasoning import Interest
 
 CPU_SECONDS = 5          # of the child, its start included; real templates take a few milliseconds
 WALL_SECONDS = 60        # for a child that waits: it never should
@@ -59,18 +60,33 @@ class ChatTemplate:
 
     def __init__(self, file: str, named: dict[str, str]):
         self._file, self._named = file, named
+        self._interests: dict[str, Interest] = {}
+
+    def source(self, tools: bool = False) -> str:
+        """The template itself; with tools, "tool_use" where there is one."""
+        name = "tool_use" if tools and "tool_use" in self._named else "default"
+        return self._named.get(name) or next(iter(self._named.values()))
 
     def render(self, variables: dict[str, Any]) -> str:
-        """The text of the template over JSON-like variables; with tools, of "tool_use" where there is one.
+        """The text of the template over JSON-like variables.
 
         Raises Fp4rtError: "request" where the template refuses the messages, else "checkpoint".
         """
-        name = "tool_use" if variables.get("tools") and "tool_use" in self._named else "default"
-        template = self._named.get(name) or next(iter(self._named.values()))
+        return self._run(self.source(bool(variables.get("tools"))), variables=variables)["text"]
+
+    def interest(self, tools: bool = False) -> Interest:
+        """What the template looks at. Raises Fp4rtError("checkpoint") where it is broken."""
+        source = self.source(tools)
+        if source not in self._interests:
+            found = self._run(source)
+            self._interests[source] = Interest(self._file, frozenset(found["looks_at"]), frozenset(found["strings"]))
+        return self._interests[source]
+
+    def _run(self, template: str, **what: Any) -> dict[str, Any]:
+        """What render.py replies to a job on this template."""
         try:
-            job = json.dumps({"path": [entry for entry in sys.path if entry], "template": template,
-                              "variables": variables, "cpu_seconds": CPU_SECONDS, "memory_bytes": MEMORY_BYTES,
-                              "max_text": MAX_TEXT})
+            job = json.dumps({"path": [entry for entry in sys.path if entry], "template": template, **what,
+                              "cpu_seconds": CPU_SECONDS, "memory_bytes": MEMORY_BYTES, "max_text": MAX_TEXT})
         except (TypeError, ValueError, RecursionError) as error:
             raise Fp4rtError("request", f"the messages are not plain data ({error})") from None
         try:
@@ -85,9 +101,9 @@ class ChatTemplate:
             reply = json.loads(child.stdout)
         except ValueError:
             raise Fp4rtError("checkpoint", f"{self._file}: {self._cause_of_death(child)}") from None
-        if "text" in reply:
-            return reply["text"]
-        raise Fp4rtError(reply["kind"], f"{self._file}: {reply['error']}")
+        if "error" in reply:
+            raise Fp4rtError(reply["kind"], f"{self._file}: {reply['error']}")
+        return reply
 
     @staticmethod
     def _cause_of_death(child: subprocess.CompletedProcess[bytes]) -> str:

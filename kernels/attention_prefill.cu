@@ -1,14 +1,14 @@
 // Attention of many new tokens over pages: the K/V write, then flash attention (Dao et al. 2022, Dao 2023).
 #include "attention.cuh"
 
-// grid T, block 128: keys and values of every new token go to their pages. A token that no sequence owns gets
-// a zero output row instead, so that what follows in the layer stays finite.
+// grid T, block 128: keys and values of every new token go to their pages (nothing does where others is 0). A token
+// that no sequence owns gets a zero output row instead, so that what follows in the layer stays finite.
 extern "C" __global__ void __launch_bounds__(128)
     attention_write(const __half* __restrict__ qkv, __half* keys, __half* values,
                     const int* __restrict__ positions, const int* __restrict__ starts,
                     const int* __restrict__ pages, int sequences, int table_width, int heads, int kv_heads,
-                    const float* k_norm, float k_eps, const float2* rope, float value_scale,
-                    __half* __restrict__ out) {
+                    int others, const float* k_norm, float k_eps, const float* v_norm, float v_eps,
+                    const float2* rope, float value_scale, __half* __restrict__ out) {
     wait_for_predecessor();
     const int token = blockIdx.x, warp = threadIdx.x / 32;
     if (token >= starts[sequences]) {
@@ -16,25 +16,31 @@ extern "C" __global__ void __launch_bounds__(128)
             reinterpret_cast<unsigned*>(out + (size_t)token * heads * HEAD_DIM)[i] = 0;
         return;
     }
+    if (!others) return;
     int low = 0, high = sequences;  // the last s with starts[s] <= token
     while (high - low > 1) {
         const int middle = (low + high) / 2;
         if (starts[middle] <= token) low = middle; else high = middle;
     }
-    const Opening opening{nullptr, k_norm, 0, k_eps, rope, value_scale};
     const int position = positions[token];
     const int page = pages[(size_t)low * table_width + position / PAGE];
-    const __half* row = qkv + (size_t)token * (heads + 2 * kv_heads) * HEAD_DIM;
+    const __half* row = qkv + (size_t)token * (heads + others) * HEAD_DIM;
     for (int i = warp; i < 2 * kv_heads; i += 4) {
-        const size_t target = head_in_page(page, kv_heads, i < kv_heads ? i : i - kv_heads, position % PAGE);
-        const __half* source = row + (size_t)(heads + i) * HEAD_DIM;
-        if (i < kv_heads) open_head(source, keys + target, k_norm, k_eps, opening, position);
-        else copy_head(source, values + target);
+        const int kv_head = i % kv_heads;
+        const size_t target = head_in_page(page, kv_heads, kv_head, position % PAGE);
+        if (i < kv_heads)
+            open_head(row + (size_t)(heads + kv_head) * HEAD_DIM, keys + target, k_norm, k_eps, rope, position,
+                      value_scale);
+        else
+            write_value(row + (size_t)(heads + others - kv_heads + kv_head) * HEAD_DIM, values + target, v_norm, v_eps,
+                        value_scale);
     }
 }
 
 constexpr int FLASH_WARPS = HEAD_DIM > 128 ? 4 : 8;
-constexpr int FLASH_ROWS = 16 * FLASH_WARPS;         // a row: one query head of one token
+constexpr int SPLIT = HEAD_DIM > 256 ? 2 : 1;  // warps that share 16 rows, each with its part of the output
+constexpr int PART_DIM = HEAD_DIM / SPLIT;
+constexpr int FLASH_ROWS = 16 * FLASH_WARPS / SPLIT;  // a row: one query head of one token
 constexpr int FLASH_KEYS = HEAD_DIM > 160 ? 16 : HEAD_DIM > 128 ? 32 : 64;
 constexpr bool HELD = HEAD_DIM <= 160;  // whether registers hold the queries, too, or shared memory does
 constexpr int TILES_AT = HELD ? 0 : FLASH_ROWS;      // row of shared memory where the tiles begin
@@ -43,6 +49,7 @@ constexpr int STAGES = 2;                            // the next tiles arrive wh
 #else
 constexpr int STAGES = 1;  // copies are not asynchronous, and shared memory is small
 #endif
+constexpr bool IN_TURN = STAGES == 1 && HEAD_DIM > 256;  // values take the keys' place once the scores are done
 constexpr int STRIDE = HEAD_DIM + 8;  // odd multiples of 16 bytes: no bank conflicts for ldmatrix
 
 __device__ __forceinline__ void load_matrices(unsigned (&r)[4], const __half* row) {
@@ -77,10 +84,12 @@ extern "C" __global__ void __launch_bounds__(32 * FLASH_WARPS, 1)
                       const __half* __restrict__ values, const int* __restrict__ positions,
                       const int* __restrict__ starts, const int* __restrict__ lengths,
                       const int* __restrict__ pages, int sequences, int table_width, int heads, int kv_heads,
-                      int skip_single, const float* q_norm, float q_eps, const float2* rope,
-                      float value_scale, float scale_log2, int window, __half* __restrict__ out) {
+                      int others, int skip_single, const float* q_norm, float q_eps, const float2* rope,
+                      float value_scale, float scale_log2, int window, const float* __restrict__ sinks,
+                      __half* __restrict__ out) {
     extern __shared__ __align__(16) __half shared[];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    const int warp_row = warp / SPLIT * 16, first_dimension = warp % SPLIT * PART_DIM;
     wait_for_predecessor();
 
     // The blockIdx.y-th row tile, from the last of the last sequence: those with many keys start first.
@@ -117,22 +126,22 @@ extern "C" __global__ void __launch_bounds__(32 * FLASH_WARPS, 1)
     const int end_key = first_position + last_row / group + 1;
 
     // Queries: opened into shared memory; if registers then hold them, their room is the tiles'.
-    const Opening opening{q_norm, nullptr, q_eps, 0, rope, value_scale};
 #pragma unroll 4
-    for (int i = 0; i < 16; i++) {
-        const int row = first_row + warp * 16 + i;
-        __half* target = shared + (warp * 16 + i) * STRIDE;
+    for (int i = warp % SPLIT; i < 16; i += SPLIT) {
+        const int row = first_row + warp_row + i;
+        __half* target = shared + (warp_row + i) * STRIDE;
         if (row < rows) {
             const int token = start + row / group;
             const __half* source =
-                qkv + ((size_t)token * (heads + 2 * kv_heads) + kv_head * group + row % group) * HEAD_DIM;
-            open_head(source, target, q_norm, q_eps, opening, positions[token]);
+                qkv + ((size_t)token * (heads + others) + kv_head * group + row % group) * HEAD_DIM;
+            open_head(source, target, q_norm, q_eps, rope, positions[token], value_scale);
         } else {
             for (int j = lane; j < HALF_DIM; j += 32) reinterpret_cast<unsigned*>(target)[j] = 0;
         }
     }
-    __syncwarp();
-    const __half* my_queries = shared + (warp * 16 + lane % 16) * STRIDE + lane / 16 * 8;
+    if (SPLIT > 1) __syncthreads();
+    else __syncwarp();
+    const __half* my_queries = shared + (warp_row + lane % 16) * STRIDE + lane / 16 * 8;
     unsigned q[HELD ? HEAD_DIM / 16 : 1][4];
     if (HELD) {
 #pragma unroll
@@ -140,21 +149,21 @@ extern "C" __global__ void __launch_bounds__(32 * FLASH_WARPS, 1)
         __syncthreads();
     }
 
-    float o[HEAD_DIM / 8][4];
+    float o[PART_DIM / 8][4];
 #pragma unroll
-    for (int n = 0; n < HEAD_DIM / 8; n++) o[n][0] = o[n][1] = o[n][2] = o[n][3] = 0;
+    for (int n = 0; n < PART_DIM / 8; n++) o[n][0] = o[n][1] = o[n][2] = o[n][3] = 0;
     float largest[2] = {-INFINITY, -INFINITY};  // q.k before scale_log2, which is positive
     float sums[2] = {0, 0};
     int position[2];  // of this lane's two rows
 #pragma unroll
-    for (int i = 0; i < 2; i++) position[i] = first_position + (first_row + warp * 16 + g + 8 * i) / group;
+    for (int i = 0; i < 2; i++) position[i] = first_position + (first_row + warp_row + g + 8 * i) / group;
 
     auto tile_at = [&](int key, int kind) {  // kind: 0 for keys, 1 for values
-        return shared + (TILES_AT + (key / FLASH_KEYS % STAGES * 2 + kind) * FLASH_KEYS) * STRIDE;
+        return shared + (TILES_AT + (IN_TURN ? 0 : key / FLASH_KEYS % STAGES * 2 + kind) * FLASH_KEYS) * STRIDE;
     };
     auto load = [&](int key) {
         load_tile(tile_at(key, 0), keys, table, kv_heads, kv_head, key, length);
-        load_tile(tile_at(key, 1), values, table, kv_heads, kv_head, key, length);
+        if (!IN_TURN) load_tile(tile_at(key, 1), values, table, kv_heads, kv_head, key, length);
         copy_commit();
     };
     if (STAGES == 2 && first_key < end_key) load(first_key);
@@ -195,6 +204,11 @@ extern "C" __global__ void __launch_bounds__(32 * FLASH_WARPS, 1)
                     if (k > position[i / 2] || (window && k <= position[i / 2] - window)) s[n][i] = -INFINITY;
                 }
         }
+        if (IN_TURN) {
+            __syncthreads();
+            load_tile(tile_at(key, 1), values, table, kv_heads, kv_head, key, length);
+            __syncthreads();
+        }
         float m[2] = {largest[0], largest[1]}, shrink[2], offset[2];
 #pragma unroll
         for (int n = 0; n < FLASH_KEYS / 8; n++)
@@ -218,7 +232,7 @@ extern "C" __global__ void __launch_bounds__(32 * FLASH_WARPS, 1)
                 sums[i / 2] += s[n][i];
             }
 #pragma unroll
-        for (int n = 0; n < HEAD_DIM / 8; n++)
+        for (int n = 0; n < PART_DIM / 8; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++) o[n][i] *= shrink[i / 2];
 
@@ -230,10 +244,10 @@ extern "C" __global__ void __launch_bounds__(32 * FLASH_WARPS, 1)
                 p[i] =
                     as_bits(__floats2half2_rn(s[2 * k + i / 2][i % 2 * 2], s[2 * k + i / 2][i % 2 * 2 + 1]));
 #pragma unroll
-            for (int n = 0; n < HEAD_DIM / 16; n++) {
+            for (int n = 0; n < PART_DIM / 16; n++) {
                 unsigned b[4];
-                load_matrices_transposed(b,
-                                         value_tile + (k * 16 + lane % 16) * STRIDE + n * 16 + lane / 16 * 8);
+                load_matrices_transposed(b, value_tile + (k * 16 + lane % 16) * STRIDE + first_dimension + n * 16 +
+                                                lane / 16 * 8);
                 mma(o[2 * n], p, b[0], b[1]);
                 mma(o[2 * n + 1], p, b[2], b[3]);
             }
@@ -244,13 +258,14 @@ extern "C" __global__ void __launch_bounds__(32 * FLASH_WARPS, 1)
     for (int i = 0; i < 2; i++) {
         sums[i] += __shfl_xor_sync(~0u, sums[i], 1);
         sums[i] += __shfl_xor_sync(~0u, sums[i], 2);
-        const int row = first_row + warp * 16 + g + 8 * i;
+        const int row = first_row + warp_row + g + 8 * i;
         if (row >= rows) continue;
+        const int head = kv_head * group + row % group;
+        if (sums[i] > 0) sums[i] += power_of_two(sink_score(sinks, head) - largest[i] * scale_log2);
         const float inverse = sums[i] > 0 ? 1 / sums[i] : 0;
-        __half* target =
-            out + ((size_t)(start + row / group) * heads + kv_head * group + row % group) * HEAD_DIM;
+        __half* target = out + ((size_t)(start + row / group) * heads + head) * HEAD_DIM + first_dimension;
 #pragma unroll
-        for (int n = 0; n < HEAD_DIM / 8; n++)
+        for (int n = 0; n < PART_DIM / 8; n++)
             *reinterpret_cast<__half2*>(target + n * 8 + 2 * t) =
                 __floats2half2_rn(o[n][2 * i] * inverse, o[n][2 * i + 1] * inverse);
     }

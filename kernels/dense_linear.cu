@@ -30,7 +30,7 @@ struct DenseTile {
 
 LINEAR_ENTRIES(DenseTile)
 
-#ifndef MANY_STAGES
+#ifdef FEW_WARPS
 enum Source { BF16 = 0, F16 = 1, F32 = 2 };
 
 // Rows as they lie in a checkpoint ([rows][K] of `source`, from row `row` of the part) into tiles, scaled so that the

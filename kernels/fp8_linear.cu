@@ -49,7 +49,7 @@ struct Fp8Tile {
 
 LINEAR_ENTRIES(Fp8Tile)
 
-#ifndef MANY_STAGES
+#ifdef FEW_WARPS
 // Rows as they lie in a checkpoint (codes [rows][K], from row `row` of the part) into tiles. Scale (r / bn, k / bk) is
 // scales[r / bn * columns + k / bk]. One block per row. `largest`: the largest squared norm of a row, scales included.
 extern "C" __global__ void repack(const unsigned char* codes, const float* scales, unsigned char* tiles, int row, int K,

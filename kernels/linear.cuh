@@ -13,6 +13,8 @@
 //
 // A gated pair alternates 8 gate rows and 8 up rows, so that d[0..1] and d[2..3] of an accumulator belong together.
 #include "mma.cuh"
+#include "activation.cuh"
+#include "norm.cuh"
 
 enum Output { STORE_HALF = 0, STORE_FLOAT = 1, ADD_FLOAT = 2 };
 
@@ -23,12 +25,10 @@ struct Epilogue {
     int stride;              // elements between tokens
     int features;            // output columns (of the product for a gated pair)
     int mode;                // Output
-    int gated;
+    int activation;          // ActivationKind
     float in_factor;         // 2^exponent of x
     float out_factor;        // 2^-exponent of y
 };
-
-__device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
 
 __device__ __forceinline__ void store(const Epilogue& e, int token, int column, float value, float before) {
     size_t at = (size_t)token * e.stride + column;
@@ -53,6 +53,33 @@ __device__ __forceinline__ void stage_chunk(uint4* shared, const __half* row, in
         for (int i = 0; i < 8; i++) values[i] = valid && k + i < K ? row[k + i] : __float2half_rn(0.0f);
         *shared = *reinterpret_cast<uint4*>(values);
     }
+}
+
+// What stands before a linear: y = W fp16(norm(x) * factor), x in float32. weight null: none, and x is fp16.
+struct RowNorm {
+    const float* weight;
+    float eps, factor;
+};
+
+// 8 of a row's columns from k, normed, to shared memory as 16 bytes, zero past the end. `aligned`: K % 8 == 0.
+__device__ __forceinline__ void stage_normed(uint4* shared, const float* row, const float* weight, float scale, int k,
+                                             int K, bool aligned) {
+    float4 x[2] = {}, w[2] = {};
+    if (aligned) {
+        if (k < K) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                x[i] = reinterpret_cast<const float4*>(row + k)[i];
+                w[i] = reinterpret_cast<const float4*>(weight + k)[i];
+            }
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            if (k + i < K) (&x[i / 4].x)[i % 4] = row[k + i], (&w[i / 4].x)[i % 4] = weight[k + i];
+    }
+    const uint2 low = normed(x[0], scale, w[0]), high = normed(x[1], scale, w[1]);
+    *shared = make_uint4(low.x, low.y, high.x, high.y);
 }
 
 template <class Tile, int N>
@@ -96,20 +123,37 @@ __device__ __forceinline__ void multiply(float (&acc)[N][4], const typename Tile
 // on the grid. Each warp has a ring of DEPTH slots in shared memory and keeps weights on the way, across row tiles,
 // while it computes; the first ones before the predecessor is done. The warp's own columns of the activations are
 // fetched once; where shared memory is too small for them (not RESIDENT) they come through the ring with the weights.
+// Resident activations may be normed on the way: every block sums a row's squares itself, as rms_norm.cu does.
+//
+// A weight with too many columns for eight resident tokens is HALVED: a warp sums its first `half` tiles and the
+// others apart, and then the two. SPLIT, two blocks share each row tile, one half of the columns each, and the one that
+// is done last adds up the warps' sums of both: the same additions, with half the activations in a block.
 //
 // Dynamic shared memory: rings [WARPS][DEPTH][slot]; resident activations [WARPS][tiles of a warp][tokens][Tile::K]
-// halves; sums [2][WARPS][tokens][SUM_STRIDE] floats.
+// halves; sums [2][WARPS][tokens][SUM_STRIDE] floats; SPLIT: two ints.
 
 constexpr int SUM_STRIDE = 20;  // floats between columns of 16 rows: conflict-free for the accumulators' layout
 
-template <class Tile, int WARPS, int DEPTH, bool RESIDENT>
-__device__ __forceinline__ void few_tokens(const unsigned char* weights, const __half* x, int tokens, int K,
-                                           int row_tiles, const Epilogue& e) {
+// SPLIT: partial is room for float32 [row tiles][2][WARPS][tokens][16]; tickets [row tiles] are zero before and after.
+struct Halves {
+    int half;  // how many of a warp's tiles are summed first
+    float* partial;
+    int* tickets;
+};
+
+template <class Tile, int WARPS, int DEPTH, bool RESIDENT, bool HALVED, bool SPLIT>
+__device__ __forceinline__ void few_tokens(const unsigned char* weights, const void* x, int tokens, int K,
+                                           int row_tiles, const Halves& halves, const RowNorm& norm,
+                                           const Epilogue& e) {
     extern __shared__ uint4 shared[];
     constexpr int CHUNKS = Tile::K / 8, STEPS = Tile::K / 32, TILE = Tile::BYTES / 16;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int k_tiles = (K + Tile::K - 1) / Tile::K, most = (k_tiles + WARPS - 1) / WARPS;
-    const int mine = max(0, (k_tiles - warp + WARPS - 1) / WARPS), x_tile = tokens * CHUNKS;
+    const int k_tiles = (K + Tile::K - 1) / Tile::K, x_tile = tokens * CHUNKS;
+    const int part = SPLIT ? blockIdx.x % 2 : 0, first = part * halves.half;  // of this warp's tiles
+    const int block = SPLIT ? blockIdx.x / 2 : blockIdx.x, blocks = SPLIT ? gridDim.x / 2 : gridDim.x;
+    const int all = max(0, (k_tiles - warp + WARPS - 1) / WARPS);
+    const int most = SPLIT ? halves.half : (k_tiles + WARPS - 1) / WARPS;
+    const int mine = SPLIT ? part ? max(0, all - halves.half) : min(all, halves.half) : all;
     const int slot_size = RESIDENT ? TILE : TILE + x_tile;
     const bool aligned = K % 8 == 0;
     // Places in shared memory are indices of uint4: half the registers of pointers.
@@ -118,14 +162,15 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const _
     float* const sums = reinterpret_cast<float*>(shared + all_x + (RESIDENT ? WARPS * most * x_tile : 0));
 
     auto fetch_x = [&](int to, int i) {  // the activations of this warp's i-th tile
-        const int k = (warp + i * WARPS) * Tile::K + lane % CHUNKS * 8, c = Tile::position(lane % CHUNKS);
+        const int k = (warp + (first + i) * WARPS) * Tile::K + lane % CHUNKS * 8, c = Tile::position(lane % CHUNKS);
         for (int token = lane / CHUNKS; token < tokens; token += 32 / CHUNKS)
-            stage_chunk(shared + to + chunk_at<Tile>(token, c), x + (size_t)token * K, k, K, true, aligned);
+            stage_chunk(shared + to + chunk_at<Tile>(token, c), static_cast<const __half*>(x) + (size_t)token * K, k, K,
+                        true, aligned);
     };
     // What is fetched next: this lane's part of the tile, its number in the row, how many there are; and where to.
-    const unsigned char* tile = weights + ((size_t)blockIdx.x * k_tiles + warp) * Tile::BYTES + lane * 16;
-    const int to_next_row = (gridDim.x * k_tiles - mine * WARPS) * Tile::BYTES;
-    int number = 0, left = blockIdx.x < row_tiles ? mine * ((row_tiles - 1 - blockIdx.x) / gridDim.x + 1) : 0;
+    const unsigned char* tile = weights + ((size_t)block * k_tiles + warp + first * WARPS) * Tile::BYTES + lane * 16;
+    const int to_next_row = (blocks * k_tiles - mine * WARPS) * Tile::BYTES;
+    int number = 0, left = block < row_tiles ? mine * ((row_tiles - 1 - block) / blocks + 1) : 0;
     int fill = ring;
     auto fetch = [&]() {
         if (left > 0) {
@@ -142,11 +187,36 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const _
         copy_commit();
     };
 
+    auto fetch_normed = [&]() {
+        const float* rows = static_cast<const float*>(x);
+#pragma unroll 1
+        for (int token = 0; token < tokens; token++) {
+            const float squares = warp_squares<WARPS * 32>(rows + (size_t)token * K, K);
+            if (lane == 0) sums[warp * tokens + token] = squares;
+        }
+        __syncthreads();
+#pragma unroll 1
+        for (int token = lane / CHUNKS; token < tokens; token += 32 / CHUNKS) {
+            const float scale = norm.factor / row_length<WARPS>(sums + token, tokens, K, norm.eps);
+#pragma unroll 1
+            for (int i = 0; i < mine; i++) {
+                const int k = (warp + i * WARPS) * Tile::K + lane % CHUNKS * 8, c = Tile::position(lane % CHUNKS);
+                stage_normed(shared + own_x + i * x_tile + chunk_at<Tile>(token, c), rows + (size_t)token * K,
+                             norm.weight, scale, k, K, aligned);
+            }
+        }
+        __syncthreads();  // the sums' place is free again
+    };
+
     dependents_may_start();
-    if constexpr (RESIDENT)
-        for (int d = 0; d < DEPTH; d++) fetch();
-    wait_for_predecessor();
     if constexpr (RESIDENT) {
+        for (int d = 0; d < DEPTH; d++) fetch();
+        if (norm.weight)
+            for (int i = threadIdx.x * 32; i < K; i += WARPS * 32 * 32) prefetch(norm.weight + i);
+    }
+    wait_for_predecessor();
+    if (RESIDENT && norm.weight) fetch_normed();
+    else if constexpr (RESIDENT) {
         for (int i = 0; i < mine; i++) fetch_x(own_x + i * x_tile, i);
         copy_commit();
         copy_wait<0>();
@@ -161,16 +231,17 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const _
     // The warps that add up a row tile's sums take turns; the others go on to the next one. There are two sets of sums,
     // each with a barrier for "written", where the adders wait, and one for "read", where all others wait before they
     // write it again (the adders wait for each other at once).
-    enum { WRITTEN = 1, READ = 3, ADDED = 5 };
+    enum { WRITTEN = 1, READ = 3, ADDED = 5, DECIDED = 7 };
     const int adders = (tokens + 1) / 2;  // warps: 16 rows x tokens threads
+    const bool gated = is_gated(e.activation);
     int added = 0;  // bit: whether this warp read that set
     int drain = ring, turn = warp, count = 0;
-    for (int row_tile = blockIdx.x; row_tile < row_tiles; row_tile += gridDim.x, count++) {
+    for (int row_tile = block; row_tile < row_tiles; row_tile += blocks, count++) {
         // What this thread's outputs need is fetched now: its latency would stand at the end otherwise.
         const int slot = turn * 32 + lane, row = slot % 16, column_token = slot / 16, packed = row_tile * 16 + row;
-        const int column = e.gated ? row_tile * 8 + row % 8 : packed;
+        const int column = gated ? row_tile * 8 + row % 8 : packed;
         const bool adds = turn < adders;
-        const bool writes = column_token < tokens && column < e.features && !(e.gated && row >= 8);
+        const bool writes = column_token < tokens && column < e.features && !(gated && row >= 8);
         float row_scale = 0.0f, bias = 0.0f, before = 0.0f;
         if (adds) {
             row_scale = e.row_scale[packed] * e.in_factor;
@@ -179,8 +250,26 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const _
                 before = reinterpret_cast<const float*>(e.out)[(size_t)column_token * e.stride + column];
         }
 
+        const int which = count & 1;
+        float* set = sums + which * WARPS * tokens * SUM_STRIDE;
         float acc[1][4] = {};
+        const bool halved = HALVED && !SPLIT && mine > halves.half;
+        auto put_sums = [&](bool again) {
+            if (!again && count >= 2 && !(added >> which & 1)) barrier_wait(READ + which, WARPS * 32);
+            float* own = set + warp * tokens * SUM_STRIDE + 2 * t * SUM_STRIDE + g;
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                if (2 * t + j >= tokens) continue;
+                float* two = own + j * SUM_STRIDE;
+                two[0] = again ? two[0] + acc[0][j] : acc[0][j];
+                two[8] = again ? two[8] + acc[0][2 + j] : acc[0][2 + j];
+            }
+        };
         for (int i = 0; i < mine; i++) {
+            if (halved && i == halves.half) {
+                put_sums(false);
+                acc[0][0] = acc[0][1] = acc[0][2] = acc[0][3] = 0.0f;
+            }
             copy_wait<DEPTH - 1>();
             __syncwarp();
             const uint4* x_even = shared + (RESIDENT ? own_x + i * x_tile : drain + TILE) + even;
@@ -198,26 +287,48 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const _
             if (drain == ring_end) drain = ring;
         }
 
-        const int which = count & 1;
-        float* set = sums + which * WARPS * tokens * SUM_STRIDE;
-        if (count >= 2 && !(added >> which & 1)) barrier_wait(READ + which, WARPS * 32);
-        float* own = set + warp * tokens * SUM_STRIDE + 2 * t * SUM_STRIDE + g;
-        if (2 * t < tokens) own[0] = acc[0][0], own[8] = acc[0][2];
-        if (2 * t + 1 < tokens) own[SUM_STRIDE] = acc[0][1], own[SUM_STRIDE + 8] = acc[0][3];
+        put_sums(halved);
         if (!adds) barrier_arrive(WRITTEN + which, WARPS * 32);
         else {
             barrier_wait(WRITTEN + which, WARPS * 32);
             float value = 0.0f;
-            if (column_token < tokens) {
+            bool last = true;
+            if constexpr (SPLIT) {
+                float* both = halves.partial + (size_t)row_tile * 2 * WARPS * tokens * 16 + slot;
+                int* const decided = reinterpret_cast<int*>(sums + 2 * WARPS * tokens * SUM_STRIDE);
+                if (column_token < tokens) {
 #pragma unroll
-                for (int w = 0; w < WARPS; w++) value += set[(w * tokens + column_token) * SUM_STRIDE + row];
+                    for (int w = 0; w < WARPS; w++)
+                        both[(part * WARPS + w) * tokens * 16] = set[(w * tokens + column_token) * SUM_STRIDE + row];
+                }
+                __threadfence();
+                barrier_wait(ADDED + which, adders * 32);
+                barrier_arrive(READ + which, WARPS * 32);
+                if (slot == 0) {
+                    decided[which] = atomicAdd(&halves.tickets[row_tile], 1);
+                    if (decided[which]) halves.tickets[row_tile] = 0;
+                }
+                barrier_wait(DECIDED + which, adders * 32);
+                last = decided[which];
+                __threadfence();
+                if (last && column_token < tokens) {
+#pragma unroll
+                    for (int w = 0; w < WARPS; w++)
+                        value += __ldcg(both + w * tokens * 16) + __ldcg(both + (WARPS + w) * tokens * 16);
+                }
+            } else {
+                if (column_token < tokens) {
+#pragma unroll
+                    for (int w = 0; w < WARPS; w++) value += set[(w * tokens + column_token) * SUM_STRIDE + row];
+                }
+                barrier_wait(ADDED + which, adders * 32);
+                barrier_arrive(READ + which, WARPS * 32);
             }
-            barrier_wait(ADDED + which, adders * 32);
-            barrier_arrive(READ + which, WARPS * 32);
             value = value * row_scale + bias;
             const float up = __shfl_down_sync(0xffffffffu, value, 8, 16);
-            if (e.gated) value = silu(value) * up;
-            if (writes) store(e, column_token, column, value, before);
+            if (gated) value = gated_product(value, up, e.activation);
+            else if (e.activation == RELU2) value = relu2(value);
+            if (last && writes) store(e, column_token, column, value, before);
         }
         added = (added & ~(1 << which)) | adds << which;
         turn = turn < adders ? turn + WARPS - adders : turn - adders;
@@ -230,18 +341,20 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const _
 // through STAGES buffers in shared memory; each warp decodes the row tiles of its own part.
 // Grid: (token blocks, row blocks), tokens fastest, so that weights come from memory once and activations from L2.
 //
+// It takes outputs first_token up to `tokens`; with GATHER and `rows`, output i is of row rows[i] of x.
+//
 // Dynamic shared memory: [STAGES] of weights [RW * RT][Tile::BYTES], activations [tokens][Tile::K] halves.
 
-template <class Tile, int RW, int RT, int TW, int NT, int STAGES>
-__device__ __forceinline__ void many_tokens(const unsigned char* weights, const __half* x, int tokens, int K,
-                                            int row_tiles, const Epilogue& e) {
+template <class Tile, int RW, int RT, int TW, int NT, int STAGES, bool GATHER>
+__device__ __forceinline__ void many_tokens(const unsigned char* weights, const __half* x, const int* rows,
+                                            int first_token, int tokens, int K, int row_tiles, const Epilogue& e) {
     extern __shared__ uint4 shared[];
     constexpr int CHUNKS = Tile::K / 8, STEPS = Tile::K / 32;
     constexpr int BLOCK_TILES = RW * RT, BLOCK_TOKENS = TW * NT * 8;
     constexpr int TILE_CHUNKS = Tile::BYTES / 16, STAGE = BLOCK_TILES * TILE_CHUNKS + BLOCK_TOKENS * CHUNKS;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int row_warp = warp % RW, token_warp = warp / RW;
-    const int first_token = blockIdx.x * BLOCK_TOKENS, first_tile = blockIdx.y * BLOCK_TILES;
+    const int first_tile = blockIdx.y * BLOCK_TILES;
     const int k_tiles = (K + Tile::K - 1) / Tile::K;
     const bool aligned = K % 8 == 0;
     constexpr int WARPS = RW * TW, ROWS_AT_ONCE = 32 / CHUNKS * WARPS;
@@ -258,9 +371,13 @@ __device__ __forceinline__ void many_tokens(const unsigned char* weights, const 
         }
         buffer += BLOCK_TILES * TILE_CHUNKS;
 #pragma unroll
-        for (int i = 0; i < BLOCK_TOKENS; i += ROWS_AT_ONCE)
-            stage_chunk(buffer + chunk_at<Tile>(own + i, Tile::position(c)), source + (size_t)i * K,
-                        kt * Tile::K + c * 8, K, first_token + own + i < tokens, aligned);
+        for (int i = 0; i < BLOCK_TOKENS; i += ROWS_AT_ONCE) {
+            const int token = first_token + own + i;
+            const __half* row = source + (size_t)i * K;
+            if (GATHER && rows) row = x + (size_t)rows[min(token, tokens - 1)] * K;
+            stage_chunk(buffer + chunk_at<Tile>(own + i, Tile::position(c)), row, kt * Tile::K + c * 8, K,
+                        token < tokens, aligned);
+        }
     };
 
     float acc[RT][NT][4] = {};
@@ -315,8 +432,12 @@ __device__ __forceinline__ void many_tokens(const unsigned char* weights, const 
                         ? reinterpret_cast<const float*>(e.out)[(size_t)token * e.stride + column] : 0.0f;
                     store(e, token, column, value, before);
                 };
-                if (e.gated) emit(row_tile * 8 + g, silu(low) * high);
-                else { emit(packed, low); emit(packed + 8, high); }
+                if (is_gated(e.activation)) emit(row_tile * 8 + g, gated_product(low, high, e.activation));
+                else {
+                    if (e.activation == RELU2) low = relu2(low), high = relu2(high);
+                    emit(packed, low);
+                    emit(packed + 8, high);
+                }
             }
         }
     }
@@ -345,25 +466,74 @@ __device__ __forceinline__ void record_norm(float sum, unsigned* largest) {
 }
 
 #define EPILOGUE_PARAMETERS                                                                                            \
-    void *out, const float *row_scale, const float *bias, int stride, int features, int mode, int gated,               \
+    void *out, const float *row_scale, const float *bias, int stride, int features, int mode, int activation,          \
         float in_factor, float out_factor
-#define EPILOGUE {out, row_scale, bias, stride, features, mode, gated, in_factor, out_factor}
+#define EPILOGUE {out, row_scale, bias, stride, features, mode, activation, in_factor, out_factor}
 
-#ifdef MANY_STAGES  // a variant of one kernel or of the other: see fp4rt/ops/cuda/linear.py for the constants
+#include "experts.cuh"
+
+// A variant of one kernel or of another: see fp4rt/ops/cuda/linear.py and experts.py for the constants.
+#ifdef MANY_STAGES
+#define MANY_TOKENS(Tile, GATHER)                                                                                      \
+    many_tokens<Tile, MANY_ROW_WARPS, MANY_ROW_TILES, MANY_TOKEN_WARPS, MANY_TOKEN_TILES, MANY_STAGES, GATHER>
+#define MANY_TOKENS_PER_BLOCK (MANY_TOKEN_WARPS * MANY_TOKEN_TILES * 8)
+#define MANY_BOUNDS __launch_bounds__(MANY_ROW_WARPS* MANY_TOKEN_WARPS * 32, 1)
+#endif
+
+#if defined(MANY_STAGES) && defined(EXPERTS)
 #define LINEAR_ENTRIES(Tile)                                                                                           \
-    extern "C" __global__ void __launch_bounds__(MANY_ROW_WARPS* MANY_TOKEN_WARPS * 32, 1)                             \
+    extern "C" __global__ void MANY_BOUNDS                                                                             \
+        many_experts(const unsigned char* weights, const __half* x, const int* rows, const int4* blocks, int K,        \
+                     int row_tiles, EPILOGUE_PARAMETERS) {                                                             \
+        Epilogue e = EPILOGUE;                                                                                         \
+        const int4 block = expert_block<Tile>(blocks, weights, K, row_tiles, e);                                       \
+        if (block.y >= block.z) return;                                                                                \
+        MANY_TOKENS(Tile, true)(weights, x, rows, block.y, block.z, K, row_tiles, e);                                  \
+    }
+#elif defined(MANY_STAGES)
+#define LINEAR_ENTRIES(Tile)                                                                                           \
+    extern "C" __global__ void MANY_BOUNDS                                                                             \
         many(const unsigned char* weights, const __half* x, int tokens, int K, int row_tiles, EPILOGUE_PARAMETERS) {   \
         const Epilogue e = EPILOGUE;                                                                                   \
-        many_tokens<Tile, MANY_ROW_WARPS, MANY_ROW_TILES, MANY_TOKEN_WARPS, MANY_TOKEN_TILES, MANY_STAGES>(            \
-            weights, x, tokens, K, row_tiles, e);                                                                      \
+        MANY_TOKENS(Tile, false)(weights, x, nullptr, blockIdx.x * MANY_TOKENS_PER_BLOCK, tokens, K, row_tiles, e);    \
+    }
+#elif defined(EXPERTS)
+// Registers for two blocks of 16 warps on an SM, where the format needs no more.
+#define EXPERT_BLOCKS(Tile) (Tile::PLANES == 2 || Tile::BLOCK_SCALED ? 1 : 32 / EXPERT_WARPS)
+#define LINEAR_ENTRIES(Tile)                                                                                           \
+    extern "C" __global__ void __launch_bounds__(EXPERT_WARPS * 32, EXPERT_BLOCKS(Tile))                               \
+        few_experts(const unsigned char* weights, const __half* x, const int* ids, const float* shares, int slots,     \
+                    int pairs_of_x, int K, int row_tiles, EPILOGUE_PARAMETERS) {                                       \
+        const Epilogue e = EPILOGUE;                                                                                   \
+        chosen_experts<Tile, EXPERT_WARPS>(weights, x, ids, shares, slots, pairs_of_x, K, row_tiles, e);               \
     }
 #else
+#ifndef FEW_HALVED
+#define FEW_HALVED 0
+#endif
+#define FEW_TOKENS(Tile, RESIDENT, SPLIT) few_tokens<Tile, FEW_WARPS, FEW_DEPTH, RESIDENT, FEW_HALVED, SPLIT>
 #define LINEAR_ENTRIES(Tile)                                                                                           \
     extern "C" __global__ void __launch_bounds__(FEW_WARPS * 32, FEW_BLOCKS)                                           \
-        few(const unsigned char* weights, const __half* x, int tokens, int K, int row_tiles, int resident,             \
-            EPILOGUE_PARAMETERS) {                                                                                     \
+        few(const unsigned char* weights, const void* x, int tokens, int K, int row_tiles, int resident,               \
+            int half, const float* norm, float norm_eps, float norm_factor, EPILOGUE_PARAMETERS) {                               \
+        const RowNorm before = {norm, norm_eps, norm_factor};                                                          \
+        const Halves halves = {half, nullptr, nullptr};                                                                \
         const Epilogue e = EPILOGUE;                                                                                   \
-        if (resident) few_tokens<Tile, FEW_WARPS, FEW_DEPTH, true>(weights, x, tokens, K, row_tiles, e);               \
-        else few_tokens<Tile, FEW_WARPS, FEW_DEPTH, false>(weights, x, tokens, K, row_tiles, e);                       \
+        if (resident) FEW_TOKENS(Tile, true, false)(weights, x, tokens, K, row_tiles, halves, before, e);              \
+        else FEW_TOKENS(Tile, false, false)(weights, x, tokens, K, row_tiles, halves, before, e);                      \
+    }                                                                                                                  \
+    SPLIT_ENTRY(Tile)
+#if FEW_HALVED
+#define SPLIT_ENTRY(Tile)                                                                                              \
+    extern "C" __global__ void __launch_bounds__(FEW_WARPS * 32, 1)                                                    \
+        few_split(const unsigned char* weights, const __half* x, int tokens, int K, int row_tiles, int half,           \
+                  float* partial, int* tickets, EPILOGUE_PARAMETERS) {                                                 \
+        const RowNorm before = {nullptr, 0.0f, 0.0f};                                                                  \
+        const Halves halves = {half, partial, tickets};                                                                \
+        const Epilogue e = EPILOGUE;                                                                                   \
+        FEW_TOKENS(Tile, true, true)(weights, x, tokens, K, row_tiles, halves, before, e);                             \
     }
+#else
+#define SPLIT_ENTRY(Tile)
+#endif
 #endif

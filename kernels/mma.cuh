@@ -30,6 +30,9 @@ __device__ __forceinline__ uint4 load_once(const void* p) {
     return v;
 }
 
+// Brings the line of an address to L2.
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
+
 // Global to shared, 16 bytes; `bytes` of them are read (0 or 16) and the rest is zero. Asynchronous where the chip can.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, int bytes) {
 #if __CUDA_ARCH__ >= 800

@@ -1,4 +1,5 @@
 // What stands between linears whose parts differ: a pre_quant_scale, and the product of a gated pair of two formats.
+#include "activation.cuh"
 #include "mma.cuh"
 
 // y[t][k] = x[t][k] * scale[k] * factor, fp16; one block per token.
@@ -10,13 +11,14 @@ extern "C" __global__ void scale_columns(const __half* x, const float* scale, __
         y[start + k] = __float2half_rn(__half2float(x[start + k]) * (scale[k] * factor));
 }
 
-// y[t][n] = silu(gate[t][n] * in_factor) * up[t][n] * out_factor, with gate and up side by side in x [T][2N].
-extern "C" __global__ void silu_product(const __half* x, __half* y, int N, float in_factor, float out_factor) {
+// y[t][n] = activation(gate[t][n], up[t][n]) * out_factor, with gate and up, times in_factor, side by side in x [T][2N].
+extern "C" __global__ void multiply_halves(const __half* x, __half* y, int N, int activation, float in_factor,
+                                           float out_factor) {
     dependents_may_start();
     wait_for_predecessor();
     for (int n = threadIdx.x; n < N; n += blockDim.x) {
         const float gate = __half2float(x[(size_t)blockIdx.x * 2 * N + n]) * in_factor;
-        const float up = __half2float(x[(size_t)blockIdx.x * 2 * N + N + n]) * out_factor;
-        y[(size_t)blockIdx.x * N + n] = __float2half_rn(gate / (1.0f + __expf(-gate)) * up);
+        const float up = __half2float(x[(size_t)blockIdx.x * 2 * N + N + n]) * in_factor;
+        y[(size_t)blockIdx.x * N + n] = __float2half_rn(gated_product(gate, up, activation) * out_factor);
     }
 }

@@ -9,6 +9,7 @@ import pytest
 from cases import ATTENTION, AttentionCase, dense, make_batch
 
 from fp4rt.batch import PAGE_TOKENS, Batch
+from fp4rt.ops import AttentionShape
 
 pytestmark = pytest.mark.gpu
 pytest.importorskip("cupy")
@@ -30,6 +31,13 @@ MORE = [
     AttentionCase(((190, 1), ), 4, 2, 256, window=65, norm=True),
     AttentionCase(tuple((i % 5 * 63, 1 + i % 3 * 40) for i in range(40)), 6, 2,
                   48),  # more sequences than a warp
+    AttentionCase(((100, 40), (0, 7), (511, 1), (30, 1)), 8, 2, 64, sinks=True),
+    AttentionCase(((9000, 1), (0, 1), (300, 1)), 12, 1, 64, window=128, sinks=True),
+    AttentionCase(((9000, 1), (20, 90)), 12, 1, 64, sinks=True),
+    AttentionCase(((70, 50), (300, 1)), 4, 2, 256, window=100, norm=True, v_norm=True),
+    AttentionCase(((70, 50), (1300, 1), (0, 1)), 4, 1, 512, norm=True, v_norm=True, values_are_keys=True),
+    AttentionCase(((16, 1), (33, 1)), 16, 2, 512, rope=False, values_are_keys=True),
+    AttentionCase(((5, 130),), 3, 3, 320, norm=True, v_norm=True, sinks=True),
 ]
 
 
@@ -67,8 +75,10 @@ class Layer:
             # What nobody wrote must not be used.
             self.device.upload(np.full(store.shape, np.nan, np.float16), store)
         self.norms = [
-            rng.uniform(0.5, 2, shape.head_dim).astype(np.float32) if self.case.norm else None for _ in "qk"
+            rng.uniform(0.5, 2, shape.head_dim).astype(np.float32) if normed else None
+            for normed in (self.case.norm, self.case.norm, self.case.v_norm)
         ]
+        self.sinks = rng.uniform(-2, 6, shape.num_heads).astype(np.float32) if self.case.sinks else None
         self.device_norms = [
             None if w is None else rms_norm.norm_weight(self.device, w, 1e-5) for w in self.norms
         ]
@@ -78,17 +88,19 @@ class Layer:
         self.keys: dict[int, np.ndarray] = {}
         self.values: dict[int, np.ndarray] = {}
 
-    def run(self, qkv: np.ndarray, batch: Batch, **options) -> np.ndarray:
-        """The device's output as float32."""
+    def run(self, qkv: np.ndarray, batch: Batch, shape: AttentionShape | None = None, **options) -> np.ndarray:
+        """The device's output as float32; `shape` where it is not the case's."""
         from fp4rt.ops.cuda import attention
         from fp4rt.ops.cuda.batch import put_batch
 
-        q_norm, k_norm = self.device_norms
+        q_norm, k_norm, v_norm = self.device_norms
         on_device = put_batch(self.device, batch)
         x = activation(self.device, qkv, self.exponent)
-        out = attention.attention(self.device, x, on_device, self.pages, self.case.shape, rope=self.rope,
-                                  q_norm=q_norm, k_norm=k_norm, **options)
+        sinks = None if self.sinks is None else self.device.upload(self.sinks)
+        out = attention.attention(self.device, x, on_device, self.pages, shape or self.case.shape, rope=self.rope,
+                                  q_norm=q_norm, k_norm=k_norm, v_norm=v_norm, sinks=sinks, **options)
         result = self.device.fetch(out.data).result().astype(np.float32) * 2.0**out.exponent
+        assert np.abs(result).max() <= out.bound
         assert not self.device.fetch(on_device.tickets).result().any()
         return result
 
@@ -98,6 +110,7 @@ class Layer:
         heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
         x = qkv.astype(np.float16).astype(np.float64).reshape(len(qkv), -1, dim) * 2.0**self.exponent
         q, k, v = np.split(x, [heads, heads + kv_heads], axis=1)
+        v = self._open(k if shape.values_are_keys else v, self.norms[2], None)
         q, k = (self._open(part, norm, batch.positions) for part, norm in zip((q, k), self.norms))
         out, largest = np.zeros((len(qkv), heads, dim)), np.zeros((len(qkv), 1))
         for s, owner in enumerate(owners):
@@ -109,16 +122,20 @@ class Layer:
                 end = int(batch.positions[row]) + 1
                 begin = max(0, end - shape.window) if shape.window else 0
                 scores = np.einsum("hd,khd->hk", q[row], keys[begin:end]) * shape.scale
-                weights = np.exp(scores - scores.max(1, keepdims=True))
-                out[row] = np.einsum("hk,khd->hd", weights / weights.sum(1, keepdims=True), values[begin:end])
+                largest_score = scores.max(1, keepdims=True)
+                weights = np.exp(scores - largest_score)
+                total = weights.sum(1, keepdims=True)
+                if self.sinks is not None:
+                    total += np.exp(self.sinks[:, None] - largest_score)
+                out[row] = np.einsum("hk,khd->hd", weights / total, values[begin:end])
                 largest[row] = np.abs(values[begin:end]).max()
         return out.reshape(len(qkv), -1), largest
 
-    def _open(self, x: np.ndarray, norm: np.ndarray | None, positions: np.ndarray) -> np.ndarray:
+    def _open(self, x: np.ndarray, norm: np.ndarray | None, positions: np.ndarray | None) -> np.ndarray:
         stored = 1.0 if norm is not None else 2.0**self.exponent
         if norm is not None:
             x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * norm
-        if self.case.rope:
+        if self.case.rope and positions is not None:
             angles = (positions.astype(np.float32)[:, None] * self.inv_freq).astype(np.float64)[:, None]
             low, high = np.split(x, 2, axis=-1)
             x = 1.25 * np.concatenate([low * np.cos(angles) - high * np.sin(angles),
@@ -127,8 +144,8 @@ class Layer:
 
 
 def random_qkv(case: AttentionCase, tokens: int, seed: int) -> np.ndarray:
-    width = (case.heads + 2 * case.kv_heads) * case.head_dim
-    return (np.random.default_rng(seed).standard_normal((tokens, width)) * 8).astype(np.float16)
+    x = np.random.default_rng(seed).standard_normal((tokens, case.shape.input_width)) * 8
+    return x.astype(np.float16)
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["split", "deterministic"])
@@ -197,6 +214,37 @@ def test_deterministic_attention_does_not_depend_on_chunks(device, window):
     assert (np.concatenate(parts) == at_once).all()
 
 
+@pytest.mark.parametrize("deterministic", [False, True], ids=["split", "deterministic"])
+def test_a_layer_that_shares_pages_reads_them_and_writes_nothing(device, deterministic):
+    case = AttentionCase(((200, 1), (0, 30), (64, 1)), 4, 2, 256, norm=True, v_norm=True)
+    filling, batch, num_pages = case.batches()
+    layer = Layer(device, case, num_pages)
+    layer.run(random_qkv(case, len(filling.tokens), 1), filling)
+    qkv = random_qkv(case, len(batch.tokens), 2)
+    expected = layer.run(qkv, batch, deterministic=deterministic)
+    stores = [device.fetch(store).result() for store in (layer.pages.keys, layer.pages.values)]
+    q = np.ascontiguousarray(qkv[:, :4 * 256])
+    sharing = dataclasses.replace(case.shape, shares=0)
+    np.testing.assert_array_equal(layer.run(q, batch, sharing, deterministic=deterministic), expected)
+    for store, before in zip((layer.pages.keys, layer.pages.values), stores):
+        np.testing.assert_array_equal(device.fetch(store).result(), before)
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["split", "deterministic"])
+def test_pages_behind_the_window_are_not_read(device, deterministic):
+    case = AttentionCase(((1000, 1), (700, 50), (130, 1)), 4, 2, 64, window=100)
+    filling, batch, num_pages = case.batches()
+    layer = Layer(device, case, num_pages)
+    layer.run(random_qkv(case, len(filling.tokens), 1), filling)
+    qkv = random_qkv(case, len(batch.tokens), 2)
+    expected = layer.run(qkv, batch, deterministic=deterministic)
+    pages = batch.pages.copy()
+    for s, (old, _) in enumerate(case.sequences):
+        pages[0, s, :(old - 100 + 1) // PAGE_TOKENS] = 0  # nobody's page: NaN
+    got = layer.run(qkv, dataclasses.replace(batch, pages=pages), deterministic=deterministic)
+    np.testing.assert_array_equal(got, expected)
+
+
 @pytest.mark.parametrize("lengths", [(0, 1), (1, 0)])
 def test_padded_rows_are_harmless(device, lengths):
     layer, batch, qkv = filled(device, COMPANY)
@@ -263,6 +311,105 @@ def test_embedding(device, kind: str, tied: bool, width: int):
     rows = np.array([5, 0, 0], np.int32)
     got = device.fetch(embedding.gather_rows(device, device.upload(rows), x)).result()
     assert (got == device.fetch(x).result()[rows]).all()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_scaled_embedding(device, tied: bool):
+    from fp4rt.ops.cuda import embedding
+    from fp4rt.ops.cuda.linear import linear_weight
+
+    table, tokens = dense(np.random.default_rng(0), 50, 96, "BF16"), np.array([0, 49, 7], np.int32)
+    handle = embedding.embedding_weight(device, table, tied_to=linear_weight(device, [table]) if tied else None,
+                                        scale=96**0.5)
+    got = device.fetch(embedding.embed(device, device.upload(tokens), handle)).result()
+    np.testing.assert_allclose(got, table.dequantize()[tokens] * np.float32(96**0.5), rtol=2.0**-22)
+
+
+def test_softcap(device):
+    from fp4rt.ops.cuda import embedding
+
+    x = np.random.default_rng(0).uniform(-200, 200, (3, 5001)).astype(np.float32)
+    got = device.fetch(embedding.softcap(device, device.upload(x), 30.0)).result()
+    np.testing.assert_allclose(got, 30 * np.tanh(x.astype(np.float64) / 30), rtol=1e-6)
+
+
+@pytest.mark.parametrize("width", [99, 2816])
+@pytest.mark.parametrize("kinds", ["h", "f", "hn", "fnO", "hO", "hnhnO", "fnhO", "hf"])
+def test_merge(device, width: int, kinds: str):
+    """kinds: branches as h (fp16 with an exponent and, the second time, row factors) or f (float32), n for a norm on
+    the branch before it, O for one on the sum."""
+    from fp4rt.ops.cuda import merge, rms_norm
+    from fp4rt.ops.cuda.activation import Activation
+
+    rng = np.random.default_rng(width)
+    norm = lambda: rng.uniform(0.5, 2, width).astype(np.float32)  # noqa: E731
+    normed = lambda x, w: x / np.sqrt((x**2).mean(1, keepdims=True) + 1e-6) * w  # noqa: E731
+    residual = rng.standard_normal((5, width)).astype(np.float32)
+    branches, total = [], 0
+    for i, kind in enumerate(kinds.rstrip("O")):
+        if kind == "n":
+            continue
+        x = (rng.standard_normal((5, width)) * 3).astype(np.float16 if kind == "h" else np.float32)
+        rows = rng.uniform(0.5, 2, 5).astype(np.float32) if kind == "h" and branches else None
+        exact = x.astype(np.float64) * (4 if kind == "h" else 1) * (1 if rows is None else rows[:, None])
+        data, weight = device.upload(x), norm() if kinds[i + 1:i + 2] == "n" else None
+        if kind == "h":
+            data = Activation(data, 2, 100.0, rows=None if rows is None else device.upload(rows))
+        branches.append((data, None if weight is None else rms_norm.norm_weight(device, weight, 1e-6)))
+        total = total + (exact if weight is None else normed(exact, weight))
+    outer = norm() if kinds.endswith("O") else None
+    expected = (residual + (total if outer is None else normed(total, outer))) * 0.75
+    got = merge.merge(device, device.upload(residual), branches,
+                      None if outer is None else rms_norm.norm_weight(device, outer, 1e-6), 0.75)
+    np.testing.assert_allclose(device.fetch(got).result(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("magnitude", [1e-3, 1.0, 1e6])
+@pytest.mark.parametrize("tokens", [1, 12])
+def test_per_layer_embeddings(device, kind: str, magnitude: float, tokens: int):
+    from fp4rt.ops.cuda import per_layer, rms_norm
+    from fp4rt.ops.cuda.linear import linear, linear_weight
+
+    layers, width, d = 5, 48, 160
+    rng = np.random.default_rng(1)
+    table = dense(rng, 70, layers * width, kind)
+    projection, gate, back = (dense(rng, *size, "BF16") for size in ((layers * width, d), (width, d), (d, width)))
+    weight, ids = rng.uniform(0.5, 2, width).astype(np.float32), rng.integers(0, 70, tokens).astype(np.int32)
+    h = (rng.standard_normal((tokens, d)) * magnitude).astype(np.float32)
+    w = {name: one.dequantize().astype(np.float64) for name, one in (("projection", projection), ("gate", gate),
+                                                                     ("back", back), ("table", table))}
+    looked_up = w["table"][ids].reshape(tokens, layers, width) * width**0.5
+    projected = (h @ w["projection"].T).reshape(tokens, layers, width) / d**0.5
+    expected = projected / np.sqrt((projected**2).mean(2, keepdims=True) + 1e-6) * weight + looked_up
+    expected /= np.sqrt(2)
+    on_device = device.upload(h)
+    inputs = per_layer.per_layer_inputs(device, on_device, device.upload(ids),
+                                        per_layer.host_table(device, table, width**0.5), linear_weight(
+                                            device, [projection]), rms_norm.norm_weight(device, weight, 1e-6))
+    got = device.fetch(inputs.data).result().astype(np.float64).reshape(expected.shape) * 2.0**inputs.exponent
+    assert np.abs(got).max() <= inputs.bound
+    np.testing.assert_allclose(got, expected, atol=4e-3 * np.abs(expected).max())
+    y = h @ w["gate"].T
+    gated = 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3))) * expected[:, 3]
+    found = per_layer.per_layer_gate(device, on_device, linear_weight(device, [gate]), inputs, 3)
+    rows = device.fetch(found.rows).result().astype(np.float64)[:, None]
+    values = device.fetch(found.data).result().astype(np.float64) * 2.0**found.exponent
+    assert np.abs(values).max() <= found.bound
+    np.testing.assert_allclose(values * rows, gated, atol=8e-3 * np.abs(gated).max())
+    out = linear(device, found, linear_weight(device, [back]))
+    got = device.fetch(out.data).result().astype(np.float64) * 2.0**out.exponent * rows
+    np.testing.assert_allclose(got, gated @ w["back"].T, atol=8e-3 * np.abs(gated @ w["back"].T).max())
+
+
+def test_a_damaged_host_table_is_named(device):
+    from fp4rt.errors import Fp4rtError
+    from fp4rt.ops.cuda import per_layer
+
+    table = dense(np.random.default_rng(1), 70, 48, "BF16")
+    table.data[3, 5] = 0x7FC0
+    with pytest.raises(Fp4rtError, match="w: holds NaN"):
+        per_layer.host_table(device, table, 1.0)
 
 
 def test_advance(device):

@@ -74,7 +74,7 @@ class Buffer:
 class PlanningOps:
     """Ops for models that are looked at, not run: weights and a step's memory are counted, nothing is allocated.
 
-    choose: (parts, gated) -> kernel, reason and bytes of the backend in question. page_bytes: of one page of a layer.
+    choose: (parts, gated) -> kernel, reason and bytes of the backend in question. page_bytes, state_bytes: of one page or slot of a layer.
     activation_bytes: per element between operations; normed_bytes: of the copy that an RMSNorm in front of a linear
     makes (0: none). free: bytes that may be allocated, None if unknown.
     """
@@ -84,8 +84,10 @@ class PlanningOps:
 
     def __init__(self, device: str = "planning", *, step_tokens: int = 256, activation_bytes: int = 4,
                  normed_bytes: int = 0, free: int | None = None, choose: Callable[..., Choice] = as_stored,
-                 page_bytes: Callable[[AttentionShape], int] = lambda shape: 0):
+                 page_bytes: Callable[[AttentionShape], int] = lambda shape: 0,
+                 state_bytes: Callable[[MambaShape], int] = lambda shape: 0):
         self.device, self.step_tokens, self.kv_page_bytes = device, step_tokens, page_bytes
+        self.mamba_state_bytes = state_bytes
         self._activation_bytes, self._normed_bytes = activation_bytes, normed_bytes
         self._free, self._choose = free, choose
         self.held = self.peak = 0
@@ -120,9 +122,6 @@ class PlanningOps:
 
     def mamba_state(self, shape: MambaShape, num_slots: int) -> None:
         return None
-
-    def mamba_state_bytes(self, shape: MambaShape) -> int:
-        return 4 * (shape.conv_width * (shape.conv_kernel - 1) + shape.inner * shape.state_size)
 
     def batch(self, batch: Batch, into: Any = None) -> Batch:
         return batch
@@ -203,14 +202,15 @@ def planning_ops(device: str, arch: str | None, gpu_memory: int | None, determin
             def chosen(parts: Sequence[Weight], gated: bool) -> Choice:
                 return ReferenceLinear.kernel, ReferenceLinear.reason, as_stored(parts, gated)[2]
         return PlanningOps(ops.device, step_tokens=ops.step_tokens, free=free, choose=chosen,
-                           page_bytes=ops.kv_page_bytes)
+                           page_bytes=ops.kv_page_bytes, state_bytes=ops.mamba_state_bytes)
     finally:
         ops.close()
 
 
 def _planning_cuda(device: str, step_tokens: int, free: int | None) -> PlanningOps:
     from fp4rt.ops.cuda.attention import kv_page_bytes
+    from fp4rt.ops.cuda.mamba import mamba_state_bytes
     from fp4rt.ops.cuda.plan import plan_linear
 
     return PlanningOps(device, step_tokens=step_tokens, activation_bytes=2, normed_bytes=2, free=free,
-                       choose=plan_linear, page_bytes=kv_page_bytes)
+                       choose=plan_linear, page_bytes=kv_page_bytes, state_bytes=mamba_state_bytes)

@@ -13,12 +13,19 @@ class Activation:
     """data fp16 [T, N]; the values are data * 2^exponent, and none can exceed `bound` in magnitude.
 
     length: what the 2-norm of a row cannot exceed, where more is known than sqrt(N) * bound.
+    rows: float32 [T] that the rows are still to be multiplied by (bound and length leave it out), where they come from
+    the residual stream itself, which has no bound.
     """
 
     data: cupy.ndarray
     exponent: int
     bound: float
     length: float | None = None
+    rows: cupy.ndarray | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.data.shape
 
     def row_length(self) -> float:
         """An upper bound of every row's 2-norm."""

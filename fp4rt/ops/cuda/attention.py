@@ -16,8 +16,7 @@ from fp4rt.ops.cuda.batch import TICKETS, DeviceBatch
 from fp4rt.ops.cuda.device import Device
 from fp4rt.ops.cuda.rms_norm import Norm
 
-_MAX_HEAD_DIM = 256
-_COMMON_HEAD_DIMS = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 256)
+_COMMON_HEAD_DIMS = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 256, 512)
 _MAX_CHUNKS, _CHUNK_PAGES, _DECODE_THREADS = 64, 2, 128  # as in kernels/attention_decode.cu
 _LONG_BLOCKS = 256  # of one long sequence, over all heads: two for each multiprocessor of a large chip
 _WRITE_THREADS = 128
@@ -31,16 +30,20 @@ def variants(capability: int) -> list[tuple[str, dict[str, int], int]]:
               for tiles in ((1, 2) if dim <= 128 else (1,)))]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pages:
     """One layer's keys and values, each fp16 [num_pages, num_kv_heads, PAGE_TOKENS, head_dim].
 
-    Uninitialised: no kernel reads past what a sequence has written.
+    Uninitialised: no kernel reads past what a sequence has written. What is stored times 2^exponent is the key or
+    value, and no value exceeds value_bound: constants of the layer that writes, for the layers that share its pages.
     """
 
     keys: cupy.ndarray
     values: cupy.ndarray
     group: int  # of the batch's page tables
+    key_exponent: int = 0
+    value_exponent: int = 0
+    value_bound: float = 0.0
 
 
 def rope_table(device: Device, inv_freq: np.ndarray, attention_factor: float,
@@ -52,9 +55,9 @@ def rope_table(device: Device, inv_freq: np.ndarray, attention_factor: float,
 
 
 def kv_pages(device: Device, shape: AttentionShape, num_pages: int, group: int = 0) -> Pages:
-    if shape.head_dim % 16 or not 16 <= shape.head_dim <= _MAX_HEAD_DIM:
-        raise Fp4rtError("checkpoint", f"head_dim is {shape.head_dim}; the CUDA backend has attention for "
-                                       f"multiples of 16 up to {_MAX_HEAD_DIM}; use device='cpu'")
+    if shape.head_dim % (16 if shape.head_dim <= 256 else 32) or not 16 <= shape.head_dim <= 512:
+        raise Fp4rtError("checkpoint", f"head_dim is {shape.head_dim}; the CUDA backend has attention for multiples of "
+                                       "16 up to 256 and of 32 up to 512; use device='cpu'")
     size = (num_pages, shape.num_kv_heads, PAGE_TOKENS, shape.head_dim)
     return Pages(device.memory.array(size, np.float16), device.memory.array(size, np.float16), group)
 
@@ -65,6 +68,7 @@ def kv_page_bytes(shape: AttentionShape) -> int:
 
 def attention(device: Device, qkv: Activation, batch: DeviceBatch, pages: Pages, shape: AttentionShape, *,
               rope: cupy.ndarray | None, q_norm: Norm | None = None, k_norm: Norm | None = None,
+              v_norm: Norm | None = None, sinks: cupy.ndarray | None = None,
               deterministic: bool = False) -> Activation:
     """Ops.attention. Sequences with one new token share a kernel that splits their keys.
 
@@ -74,27 +78,34 @@ def attention(device: Device, qkv: Activation, batch: DeviceBatch, pages: Pages,
     table = batch.tables[pages.group]
     tokens, (sequences, width) = qkv.data.shape[0], table.shape
     out = device.scratch((tokens, heads * dim), np.float16)
-    exponents = (0 if q_norm else qkv.exponent) + (0 if k_norm else qkv.exponent)
+    others = 0
+    if shape.shares is None:
+        others = kv_heads if shape.values_are_keys else 2 * kv_heads
+        pages.key_exponent = 0 if k_norm else qkv.exponent
+        pages.value_exponent, pages.value_bound = qkv.exponent, qkv.bound
+        if v_norm:
+            pages.value_exponent, pages.value_bound = 0, math.sqrt(dim) * v_norm.largest
+    exponents = (0 if q_norm else qkv.exponent) + pages.key_exponent
     scale = math.ldexp(shape.scale * math.log2(math.e), exponents)
     value_scale, window = math.ldexp(1.0, qkv.exponent), shape.window or 0
-    q_opening = (q_norm.weight, q_norm.eps) if q_norm else (None, 0.0)
-    k_opening = (k_norm.weight, k_norm.eps) if k_norm else (None, 0.0)
+    q_opening, k_opening, v_opening = ((norm.weight, norm.eps) if norm else (None, 0.0)
+                                       for norm in (q_norm, k_norm, v_norm))
     split = not deterministic and (sequences > 1 or tokens == 1)
     if tokens > sequences or not split:
         device.kernel("attention_prefill", "attention_write",
                       HEAD_DIM=dim)(tokens, _WRITE_THREADS, qkv.data, pages.keys, pages.values,
                                     batch.positions, batch.starts, table, sequences, width, heads,
-                                    kv_heads, *k_opening, rope, value_scale, out, pdl=True)
+                                    kv_heads, others, *k_opening, *v_opening, rope, value_scale, out, pdl=True)
         warps, rows, shared = _flash(dim, device.capability)
         tiles = (tokens * (heads // kv_heads) + sequences * (rows - 1)) // rows
         device.kernel("attention_prefill", "attention_prefill", HEAD_DIM=dim)(
             (kv_heads, tiles), 32 * warps, qkv.data, pages.keys, pages.values,
             batch.positions, batch.starts, batch.lengths, table, sequences, width, heads, kv_heads,
-            int(split), *q_opening, rope, value_scale, scale, window, out, shared=shared, pdl=True)
+            others, int(split), *q_opening, rope, value_scale, scale, window, sinks, out, shared=shared, pdl=True)
     if split:
-        opening = (*q_opening, *k_opening, rope, value_scale, scale, window)
+        opening = (others, *q_opening, *k_opening, *v_opening, rope, value_scale, scale, window, sinks)
         _decode(device, qkv, batch, pages, shape, out, opening)
-    return Activation(out, qkv.exponent, qkv.bound)
+    return Activation(out, pages.value_exponent, pages.value_bound)
 
 
 def _decode(device: Device, qkv: Activation, batch: DeviceBatch, pages: Pages, shape: AttentionShape,
@@ -125,5 +136,6 @@ def _flash(head_dim: int, capability: int) -> tuple[int, int, int]:
     """(warps, rows, dynamic shared bytes) of a block of kernels/attention_prefill.cu."""
     warps = 4 if head_dim > 128 else 8
     keys = 16 if head_dim > 160 else 32 if head_dim > 128 else 64
-    rows, stages, held = 16 * warps, 2 if capability >= 80 else 1, head_dim <= 160
-    return warps, rows, max(rows, 2 * stages * keys + (0 if held else rows)) * (head_dim + 8) * 2
+    rows, held = 16 * warps // (2 if head_dim > 256 else 1), head_dim <= 160
+    tiles = 4 if capability >= 80 else 1 if head_dim > 256 else 2
+    return warps, rows, max(rows, tiles * keys + (0 if held else rows)) * (head_dim + 8) * 2

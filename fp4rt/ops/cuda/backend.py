@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,14 +13,10 @@ import numpy as np
 from fp4rt.batch import Batch
 from fp4rt.errors import Fp4rtError
 from fp4rt.formats import Weight
-from fp4rt.ops import AttentionShape, MambaShape, SamplerRow
-from fp4rt.ops.cuda import attention, batch, embedding, linear, rms_norm, sample
+from fp4rt.ops import AttentionShape, MambaShape, Routing, SamplerRow
+from fp4rt.ops.cuda import attention, batch, embedding, experts, linear, mamba, merge, per_layer, rms_norm, route, sample
 from fp4rt.ops.cuda.activation import Activation
 from fp4rt.ops.cuda.device import Device, Fetched
-
-
-def missing(what: str) -> Fp4rtError:
-    return Fp4rtError("device", f"the CUDA backend does not run {what} yet; use device='reference'")
 
 
 def _on_device(cls: type) -> type:
@@ -61,17 +58,18 @@ class CudaOps:
     def norm_weight(self, weight: np.ndarray, eps: float) -> rms_norm.Norm:
         return rms_norm.norm_weight(self.gpu, weight, eps)
 
-    def expert_weight(self, experts: Sequence[Sequence[Weight]], *, gated: bool = False) -> Any:
-        raise missing("mixtures of experts")
+    def expert_weight(self, weights: Sequence[Sequence[Weight]], *, gated: bool = False) -> experts.CudaExperts:
+        return experts.expert_weight(self.gpu, weights, gated=gated)
 
-    def mamba_weight(self, shape: MambaShape, *values: Any) -> Any:
-        raise missing("Mamba2 layers")
+    def vector(self, values: np.ndarray) -> route.Vector:
+        return route.vector(self.gpu, values)
 
     def embedding_weight(self, weight: Weight, *, tied_to: linear.CudaLinear | None = None,
                          scale: float = 1.0) -> embedding.Embedding:
-        if scale != 1.0:
-            raise missing("scaled embeddings")
-        return embedding.embedding_weight(self.gpu, weight, tied_to=tied_to)
+        return embedding.embedding_weight(self.gpu, weight, tied_to=tied_to, scale=scale)
+
+    def host_embedding_weight(self, weight: Weight, scale: float) -> per_layer.HostTable:
+        return per_layer.host_table(self.gpu, weight, scale)
 
     def rope_table(self, inv_freq: np.ndarray, attention_factor: float, max_positions: int) -> cupy.ndarray:
         return attention.rope_table(self.gpu, inv_freq, attention_factor, max_positions)
@@ -81,6 +79,16 @@ class CudaOps:
 
     def kv_page_bytes(self, shape: AttentionShape) -> int:
         return attention.kv_page_bytes(shape)
+
+    def mamba_weight(self, shape: MambaShape, conv: np.ndarray, conv_bias: np.ndarray, A: np.ndarray, D: np.ndarray,
+                     dt_bias: np.ndarray, norm: np.ndarray, eps: float) -> mamba.Mamba:
+        return mamba.mamba_weight(self.gpu, shape, conv, conv_bias, A, D, dt_bias, norm, eps)
+
+    def mamba_state(self, shape: MambaShape, num_slots: int) -> mamba.State:
+        return mamba.mamba_state(self.gpu, shape, num_slots)
+
+    def mamba_state_bytes(self, shape: MambaShape) -> int:
+        return mamba.mamba_state_bytes(shape)
 
     # -- A step ---------------------------------------------------------------------------------------------------
 
@@ -93,27 +101,57 @@ class CudaOps:
     def linear(self, x: cupy.ndarray | Activation, weight: linear.CudaLinear, *, norm: rms_norm.Norm | None = None,
                activation: str | None = None, residual: cupy.ndarray | None = None) -> cupy.ndarray | Activation:
         if norm is not None:
-            x = rms_norm.rms_norm(self.gpu, x, norm)
-        return linear.linear(self.gpu, x, weight, activation=activation, residual=residual,
-                             deterministic=self.deterministic)
+            x = rms_norm.Normed(x, norm)
+        y = linear.linear(self.gpu, x, weight, activation=activation, residual=residual,
+                          deterministic=self.deterministic)
+        return y if norm is not None or x.rows is None else dataclasses.replace(y, rows=x.rows)
 
     def attention(self, qkv: Activation, work: batch.DeviceBatch, pages: attention.Pages, shape: AttentionShape, *,
                   rope: cupy.ndarray | None, q_norm: rms_norm.Norm | None = None,
                   k_norm: rms_norm.Norm | None = None, v_norm: rms_norm.Norm | None = None,
-                  sinks: Any = None) -> Activation:
-        if v_norm is not None or sinks is not None or shape.values_are_keys or shape.shares is not None:
-            raise missing("attention of this kind")
+                  sinks: route.Vector | None = None) -> Activation:
         return attention.attention(self.gpu, qkv, work, pages, shape, rope=rope, q_norm=q_norm, k_norm=k_norm,
-                                   deterministic=self.deterministic)
+                                   v_norm=v_norm, sinks=sinks and sinks.data, deterministic=self.deterministic)
+
+    def route(self, x: cupy.ndarray | Activation, router: linear.CudaLinear, routing: Routing, *,
+              norm: rms_norm.Norm | None = None, correction: route.Vector | None = None,
+              expert_scale: route.Vector | None = None) -> route.Choice:
+        if norm is not None:
+            x = rms_norm.rms_norm(self.gpu, x, norm)
+        logits = linear.linear(self.gpu, x, router, logits=True, deterministic=self.deterministic)
+        return route.route(self.gpu, logits, routing, correction, expert_scale)
+
+    def experts(self, x: cupy.ndarray | Activation, choice: route.Choice, up: experts.CudaExperts,
+                down: experts.CudaExperts, *, activation: str, norm: rms_norm.Norm | None = None,
+                residual: cupy.ndarray | None = None) -> cupy.ndarray | Activation:
+        if norm is not None:
+            x = rms_norm.rms_norm(self.gpu, x, norm)
+        return experts.experts(self.gpu, x, choice, up, down, activation=activation, residual=residual,
+                               deterministic=self.deterministic)
+
+    def merge(self, residual: cupy.ndarray, branches: Sequence[tuple[Any, rms_norm.Norm | None]], *,
+              norm: rms_norm.Norm | None = None, scale: float = 1.0) -> cupy.ndarray:
+        return merge.merge(self.gpu, residual, branches, norm, scale)
+
+    def per_layer_inputs(self, h: cupy.ndarray, work: batch.DeviceBatch, table: per_layer.HostTable,
+                         projection: linear.CudaLinear, norm: rms_norm.Norm) -> Activation:
+        return per_layer.per_layer_inputs(self.gpu, h, work.tokens, table, projection, norm,
+                                          deterministic=self.deterministic)
+
+    def per_layer_gate(self, h: cupy.ndarray, gate: linear.CudaLinear, inputs: Activation, layer: int) -> Activation:
+        return per_layer.per_layer_gate(self.gpu, h, gate, inputs, layer, deterministic=self.deterministic)
+
+    def mamba(self, projected: Activation, work: batch.DeviceBatch, state: mamba.State, weight: mamba.Mamba,
+              shape: MambaShape) -> Activation:
+        return mamba.mamba(self.gpu, projected, work, state, weight, shape)
 
     def logits(self, h: cupy.ndarray, work: batch.DeviceBatch, norm: rms_norm.Norm, head: linear.CudaLinear, *,
                softcap: float | None = None) -> cupy.ndarray:
-        if softcap is not None:
-            raise missing("softcapped logits")
         if not work.is_decode:
             h = embedding.gather_rows(self.gpu, work.rows, h)
-        return linear.linear(self.gpu, rms_norm.rms_norm(self.gpu, h, norm), head, logits=True,
-                             deterministic=self.deterministic)
+        y = linear.linear(self.gpu, rms_norm.Normed(h, norm), head, logits=True,
+                          deterministic=self.deterministic)
+        return y if softcap is None else embedding.softcap(self.gpu, y, softcap)
 
     # -- Tokens ---------------------------------------------------------------------------------------------------
 

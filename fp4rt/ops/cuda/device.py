@@ -25,6 +25,7 @@ SHARED_LIMIT = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99
 _UPLOAD_THREADS = 4
 _PIECE = 4 << 20          # bytes copied at a time through one pinned buffer
 _RING = 1 << 20           # bytes of pinned memory for a step's own small copies
+_ROOM = 4 << 10           # bytes of pinned memory for a step's drawn ids
 
 
 class Device:
@@ -63,6 +64,7 @@ class Device:
         self._kernels: dict[tuple, Kernel] = {}
         self._staging: _Staging | None = None
         self._small = _SmallCopies(self)
+        self.rooms: list[tuple[PinnedMemory, cupy.cuda.Event]] = []  # of Fetched, to use again
 
     def __enter__(self) -> Device:
         self.driver.check(self.driver.push(self._context), "cuCtxPushCurrent")
@@ -171,8 +173,14 @@ class Fetched:
 
     def __init__(self, device: Device, array: cupy.ndarray):
         self._device, self._shape, self._dtype = device, array.shape, array.dtype
-        self._pinned = PinnedMemory(max(array.nbytes, 1))
-        self._done = cupy.cuda.Event(disable_timing=True)
+        self._value: np.ndarray | None = None
+        # Pinning memory, and freeing it, waits for the device: what is small comes out of a pool.
+        self._small = array.nbytes <= _ROOM
+        if self._small and device.rooms:
+            self._pinned, self._done = device.rooms.pop()
+        else:
+            self._pinned = PinnedMemory(max(array.nbytes, _ROOM))
+            self._done = cupy.cuda.Event(disable_timing=True)
         if not device.planning:
             runtime.memcpyAsync(self._pinned.ptr, array.data.ptr, array.nbytes, runtime.memcpyDeviceToHost,
                                 device.stream.ptr)
@@ -180,10 +188,14 @@ class Fetched:
 
     def result(self) -> np.ndarray:
         """Wait for the copy: an array of the host's own."""
-        with self._device:
-            self._done.synchronize()
-        count = int(np.prod(self._shape, dtype=np.int64))
-        return _view(self._pinned, count * self._dtype.itemsize).view(self._dtype).reshape(self._shape).copy()
+        if self._value is None:
+            with self._device:
+                self._done.synchronize()
+            nbytes = int(np.prod(self._shape, dtype=np.int64)) * self._dtype.itemsize
+            self._value = _view(self._pinned, nbytes).view(self._dtype).reshape(self._shape).copy()
+            if self._small:
+                self._device.rooms.append((self._pinned, self._done))
+        return self._value
 
 
 class _SmallCopies:

@@ -1,4 +1,4 @@
-"""The token table, and the rows of the residual stream whose logits are wanted."""
+"""The token table, the rows of the residual stream whose logits are wanted, and the cap on those."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fp4rt.ops.cuda.linear import CudaLinear
 from fp4rt.ops.cuda.tiles import Packed
 
 _THREADS = 256
-_FORMATS = {"BF16": 0, "F16": 1, "F32": 2}  # enum Format in kernels/embedding.cu
+FORMATS = {"BF16": 0, "F16": 1, "F32": 2}  # enum Format in kernels/table.cuh
 
 
 def variants(capability: int) -> list[tuple[str, dict[str, int], int]]:
@@ -25,24 +25,27 @@ def variants(capability: int) -> list[tuple[str, dict[str, int], int]]:
 
 @dataclass(frozen=True)
 class Embedding:
-    """The table [V, d]: `data` as the checkpoint has it, in the kernel's `format`, or a tied head's tiles."""
+    """The table [V, d]: `data` as the checkpoint has it, in the kernel's `format`, or a tied head's tiles; rows are
+    multiplied by `scale`."""
 
     width: int
     data: cupy.ndarray | None
     format: int
     tied: Packed | None
+    scale: float
 
 
-def embedding_weight(device: Device, weight: Weight, *, tied_to: CudaLinear | None = None) -> Embedding:
+def embedding_weight(device: Device, weight: Weight, *, tied_to: CudaLinear | None = None,
+                     scale: float = 1.0) -> Embedding:
     """Upload the table, or share the memory of the head made from the same tensor if it holds dense tiles."""
     if tied_to is not None and len(tied_to.groups) == 1 and isinstance(tied_to.groups[0].layout, DenseLayout):
-        return Embedding(weight.shape[1], None, 0, tied_to.groups[0])
+        return Embedding(weight.shape[1], None, 0, tied_to.groups[0], float(scale))
     if not isinstance(weight, Dense):
         raise Fp4rtError(
             "checkpoint", f"{weight.name}: the CUDA backend reads token tables in BF16, F16 or F32, "
             f"not {weight.format}; export the model with its embedding unquantized")
     data = weight.data if weight.format == "F32" else weight.data.view(np.uint16)
-    return Embedding(weight.shape[1], device.upload(data), _FORMATS[weight.format], None)
+    return Embedding(weight.shape[1], device.upload(data), FORMATS[weight.format], None, float(scale))
 
 
 def embed(device: Device, tokens: cupy.ndarray, table: Embedding) -> cupy.ndarray:
@@ -51,10 +54,10 @@ def embed(device: Device, tokens: cupy.ndarray, table: Embedding) -> cupy.ndarra
     out = device.scratch((count, table.width), np.float32)
     if tied is None:
         device.kernel("embedding", "embed")(count, _THREADS, tokens, table.data, out, table.width,
-                                            table.format)
+                                            table.format, table.scale)
     else:
         device.kernel("embedding", "embed_tiled")(count, _THREADS, tokens, tied.tiles, tied.row_scale, out,
-                                                  table.width, tied.layout.planes)
+                                                  table.width, tied.layout.planes, table.scale)
     return out
 
 
@@ -63,3 +66,11 @@ def gather_rows(device: Device, rows: cupy.ndarray, x: cupy.ndarray) -> cupy.nda
     out = device.scratch((rows.shape[0], x.shape[1]), np.float32)
     device.kernel("embedding", "gather_rows")(rows.shape[0], _THREADS, rows, x, out, x.shape[1], pdl=True)
     return out
+
+
+def softcap(device: Device, logits: cupy.ndarray, cap: float) -> cupy.ndarray:
+    """logits float32 [R, V] -> cap * tanh(logits / cap), in place."""
+    rows, columns = logits.shape
+    device.kernel("embedding", "softcap")((rows, -(-columns // (8 * _THREADS))), _THREADS, logits, columns, float(cap),
+                                          pdl=True)
+    return logits

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import cupy
 import numpy as np
 
 from fp4rt.errors import Fp4rtError
-from fp4rt.formats import Dense, Fp8, Nvfp4, Weight
+from fp4rt.formats import Dense, Fp8, Mxfp4, Nvfp4, Weight
 from fp4rt.ops.cuda.activation import Activation, exponent_for
 from fp4rt.ops.cuda.dense_linear import DENSE, DENSE_F32, dense_layout
 from fp4rt.ops.cuda.device import SHARED_LIMIT, Device
 from fp4rt.ops.cuda.fp8_linear import FP8, FP8_BLOCKS, fp8_layout
+from fp4rt.ops.cuda.mxfp4_linear import MXFP4
 from fp4rt.ops.cuda.nvfp4_linear import NVFP4
+from fp4rt.ops.cuda.rms_norm import Normed
 from fp4rt.ops.cuda.tiles import FEW_TOKENS, Layout, Packed, pack, sum_bytes
 
-_STORE_HALF, _STORE_FLOAT, _ADD_FLOAT = range(3)  # enum Output in kernels/linear.cuh
+FUSED_NORM_TOKENS = 4  # up to which every block norms the rows itself; more are faster normed once
+STORE_HALF, STORE_FLOAT, ADD_FLOAT = range(3)  # enum Output in kernels/linear.cuh
+_NO_NORM = None, 0.0, 0.0
+ACTIVATIONS = {None: 0, "relu2": 1, "silu": 2, "gelu_tanh": 3, "swiglu_oai": 4}  # enum in kernels/activation.cuh
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class ManyTokens:
 
 MANY = (ManyTokens(8, 2, 1, 8, 1, 66, 68), ManyTokens(4, 4, 1, 4, 2, 46, 35), ManyTokens(4, 2, 1, 4, 3, 30, 19.5),
         ManyTokens(4, 1, 1, 4, 4, 22, 18))
-LAYOUTS = (NVFP4, FP8, FP8_BLOCKS, DENSE, DENSE_F32)
+LAYOUTS = (NVFP4, MXFP4, FP8, FP8_BLOCKS, DENSE, DENSE_F32)
 
 
 def variants(capability: int) -> list[tuple[str, dict[str, int], int]]:
@@ -78,7 +83,8 @@ def variants(capability: int) -> list[tuple[str, dict[str, int], int]]:
     limit = SHARED_LIMIT[capability]
     found = [("scale_columns", {}, 0)]
     for layout in LAYOUTS:
-        found.append((layout.stem, layout.few_defines(limit), _few_shared(layout, limit, FEW_TOKENS, 1 << 20)[1]))
+        few = _few_plan(layout, limit, FEW_TOKENS, 1 << 20).shared
+        found += [(layout.stem, _few_defines(layout, limit, halved), few) for halved in (False, True)]
         found += [(layout.stem, many.defines(layout, limit), many.stages(layout, limit) * many.stage_bytes(layout))
                   for many in MANY if many.runs(layout, limit)]
     return found
@@ -104,6 +110,8 @@ def choose_layout(part: Weight) -> tuple[Layout, str]:
     """The layout for a weight and the reason, for reports too."""
     if isinstance(part, Nvfp4):
         return NVFP4, NVFP4.reason
+    if isinstance(part, Mxfp4):
+        return MXFP4, MXFP4.reason
     if isinstance(part, Dense):
         layout = dense_layout(part)
         return layout, layout.reason
@@ -118,45 +126,64 @@ def linear_weight(device: Device, parts: Sequence[Weight], *, gated: bool = Fals
     chosen = [choose_layout(part) for part in parts]
     groups: list[list[int]] = []
     for index, part in enumerate(parts):
-        if groups and chosen[groups[-1][0]][0] is chosen[index][0] and _same(parts[groups[-1][0]].pre_quant_scale,
-                                                                            part.pre_quant_scale):
+        if groups and chosen[groups[-1][0]][0] is chosen[index][0] and same(parts[groups[-1][0]].pre_quant_scale,
+                                                                           part.pre_quant_scale):
             groups[-1].append(index)
         else:
             groups.append([index])
     packed = []
     for group in groups:
-        packed.append(pack(device, [parts[i] for i in group], chosen[group[0]][0], gated and len(group) == 2))
+        packed.append(pack(device, [[parts[i] for i in group]], chosen[group[0]][0], gated and len(group) == 2))
     return CudaLinear(packed, gated, "; ".join(dict.fromkeys(reason for _, reason in chosen)))
 
 
-def linear(device: Device, x: Activation, weight: CudaLinear, *, activation: str | None = None,
+def linear(device: Device, x: Activation | Normed, weight: CudaLinear, *, activation: str | None = None,
            residual: cupy.ndarray | None = None, logits: bool = False, deterministic: bool = False
            ) -> Activation | cupy.ndarray:
     """y = x @ W^T with its epilogue. residual float32 [T, N] is added to in place and returned; `logits`: float32."""
-    tokens = x.data.shape[0]
-    if activation is not None and (activation != "silu" or not weight.gated):
-        raise Fp4rtError("request", f"activation {activation!r} is not one that this linear can be given")
+    tokens = x.shape[0]
+    check_activation(activation, weight.gated)
     if residual is not None or logits:
         out = residual if residual is not None else device.scratch((tokens, weight.out_features), np.float32)
         for group, columns in _columns(weight, out):
-            _launch(device, x, group, columns, _ADD_FLOAT if residual is not None else _STORE_FLOAT, 0, deterministic)
+            _launch(device, x, group, columns, ADD_FLOAT if residual is not None else STORE_FLOAT, None, 0,
+                    deterministic)
         return out
     bounds = [bound for group in weight.groups for bound in group.bounds(x.row_length())]
-    bound = bounds[0] * bounds[1] if activation is not None else max(bounds)
+    bound = activated_bound(activation, bounds)
     exponent = exponent_for(bound)
-    if activation is not None and weight.split_gate:
+    if weight.split_gate:
         inner = exponent_for(max(bounds))
         both = device.scratch((tokens, 2 * weight.out_features), np.float16)
         for group, columns in _columns(weight, both):
-            _launch(device, x, group, columns, _STORE_HALF, inner, deterministic)
+            _launch(device, x, group, columns, STORE_HALF, None, inner, deterministic)
         out = device.scratch((tokens, weight.out_features), np.float16)
-        device.kernel("scale_columns", "silu_product")(tokens, 256, both, out, weight.out_features, 2.0**inner,
-                                                       2.0 ** (inner - exponent), pdl=True)
+        device.kernel("scale_columns", "multiply_halves")(tokens, 256, both, out, weight.out_features,
+                                                          ACTIVATIONS[activation], 2.0**inner, 2.0**-exponent, pdl=True)
     else:
         out = device.scratch((tokens, weight.out_features), np.float16)
         for group, columns in _columns(weight, out):
-            _launch(device, x, group, columns, _STORE_HALF, exponent, deterministic)
+            _launch(device, x, group, columns, STORE_HALF, activation, exponent, deterministic)
     return Activation(out, exponent, bound)
+
+
+def check_activation(activation: str | None, gated: bool) -> None:
+    """Raises Fp4rtError("request") unless this may stand behind a weight that is, or is not, a gated pair."""
+    if activation not in ACTIVATIONS or gated != (activation not in (None, "relu2")):
+        raise Fp4rtError("request", f"activation {activation!r} cannot stand behind {'a' if gated else 'no'} gated pair")
+
+
+def activated_bound(activation: str | None, bounds: Sequence[float]) -> float:
+    """What the outputs cannot exceed, from the bounds of the parts: |silu(g)| and |gelu(g)| are at most |g|.
+
+    swiglu_oai: g is at most 7, a negative one times its sigmoid is smaller than itself, and |u + 1| is at most 8.
+    """
+    if activation is None:
+        return max(bounds)
+    if activation == "relu2":
+        return max(bounds) ** 2
+    gate, up = bounds
+    return min(gate, 7.0) * (min(up, 7.0) + 1) if activation == "swiglu_oai" else gate * up
 
 
 def _columns(weight: CudaLinear, out: cupy.ndarray) -> Iterator[tuple[Packed, cupy.ndarray]]:
@@ -167,22 +194,26 @@ def _columns(weight: CudaLinear, out: cupy.ndarray) -> Iterator[tuple[Packed, cu
         start += group.features
 
 
-def _launch(device: Device, x: Activation, group: Packed, out: cupy.ndarray, mode: int, exponent: int,
-            deterministic: bool) -> None:
+def _launch(device: Device, x: Activation | Normed, group: Packed, out: cupy.ndarray, mode: int, activation: str | None,
+            exponent: int, deterministic: bool) -> None:
     """One group into its columns of `out` ([T, features] of a wider row)."""
+    tokens, k = x.shape
+    if isinstance(x, Normed) and (tokens > FUSED_NORM_TOKENS or group.prescale is not None
+                                  or not _few_plan(group.layout, device.shared_limit, tokens, k).resident):
+        x = x.computed(device)
     if group.prescale is not None:
         x = _prescaled(device, x, group)
-    tokens, k = x.data.shape
-    epilogue = (group.row_scale, group.bias, out.strides[0] // out.itemsize, group.features, mode, group.gated,
-                math.ldexp(1.0, x.exponent), math.ldexp(1.0, -exponent))
+    epilogue = (group.row_scale, group.bias, out.strides[0] // out.itemsize, group.features, mode,
+                ACTIVATIONS[activation], math.ldexp(1.0, x.exponent), math.ldexp(1.0, -exponent))
     if tokens <= FEW_TOKENS:
-        _few(device, x.data, group, out, epilogue)
+        norm = (x.norm.weight, x.norm.eps, math.ldexp(1.0, -x.exponent)) if isinstance(x, Normed) else _NO_NORM
+        _few(device, x.x if isinstance(x, Normed) else x.data, group, out, norm, epilogue)
         return
     if deterministic:
         for start in range(0, tokens, FEW_TOKENS):
-            _few(device, x.data[start:start + FEW_TOKENS], group, out[start:], epilogue)
+            _few(device, x.data[start:start + FEW_TOKENS], group, out[start:], _NO_NORM, epilogue)
         return
-    many = _choose_many(group, tokens, device)
+    many = choose_many(device, group, lambda many: -(-tokens // many.tokens))
     stages = many.stages(group.layout, device.shared_limit)
     kernel = device.kernel(group.layout.stem, "many", **many.defines(group.layout, device.shared_limit))
     grid = -(-tokens // many.tokens), -(-group.row_tiles // (many.rows // 16))
@@ -190,38 +221,75 @@ def _launch(device: Device, x: Activation, group: Packed, out: cupy.ndarray, mod
            shared=stages * many.stage_bytes(group.layout), pdl=True)
 
 
-def _few(device: Device, x: cupy.ndarray, group: Packed, out: cupy.ndarray, epilogue: tuple) -> None:
+def _few(device: Device, x: cupy.ndarray, group: Packed, out: cupy.ndarray, norm: tuple, epilogue: tuple) -> None:
     tokens, k = x.shape
-    defines = group.layout.few_defines(device.shared_limit)
-    resident, shared = _few_shared(group.layout, device.shared_limit, tokens, k)
-    # One block of 16 warps leaves an SM's other half to the kernel that follows; smaller ones share an SM. As many
-    # blocks as places: the places that an uneven number left free would go to two blocks of the kernel that follows.
-    slots = device.sm_count * (1 if defines["FEW_WARPS"] == 16 else min(2, max(1, device.shared_limit // shared)))
-    kernel = device.kernel(group.layout.stem, "few", **defines)
-    kernel(min(group.row_tiles, slots), defines["FEW_WARPS"] * 32, group.tiles, x, tokens, k, group.row_tiles, resident,
-           out, *epilogue, shared=shared, pdl=True)
+    how = _few_plan(group.layout, device.shared_limit, tokens, k)
+    defines = _few_defines(group.layout, device.shared_limit, how.half > 0)
+    warps = defines["FEW_WARPS"]
+    # One block of 16 warps leaves an SM's other half to the kernel that follows; smaller ones share an SM, and so do
+    # those of a long gated pair, whose arithmetic they speed up by more than the next kernel's early start is worth. As
+    # many blocks as places: those that an uneven number left free would go to two blocks of the kernel that follows.
+    blocks = 1 if warps == 16 and not (group.gated and tokens <= 2) else min(defines["FEW_BLOCKS"],
+                                                                             device.shared_limit // how.shared)
+    slots = device.sm_count * max(1, blocks)
+    if how.split:
+        partial = device.scratch((group.row_tiles, 2, warps, tokens, 16), np.float32)
+        device.kernel(group.layout.stem, "few_split", **defines)(
+            2 * min(group.row_tiles, slots // 2), warps * 32, group.tiles, x, tokens, k, group.row_tiles, how.half,
+            partial, group.tickets, out, *epilogue, shared=how.shared, pdl=True)
+        return
+    shared = how.shared
+    if device.has_pdl and epilogue[4] == ADD_FLOAT:
+        # More than half of an SM's: two blocks of one kernel must not share an SM while another has none, and every
+        # other linear of a layer adds to the residual stream, so that those between find these on every SM.
+        shared = max(shared, device.shared_limit // 2 + 1024)
+    device.kernel(group.layout.stem, "few", **defines)(
+        min(group.row_tiles, slots), warps * 32, group.tiles, x, tokens, k, group.row_tiles, how.resident, how.half,
+        *norm, out, *epilogue, shared=shared, pdl=True)
 
 
-def _few_shared(layout: Layout, shared_limit: int, tokens: int, k: int) -> tuple[bool, int]:
-    """(whether the activations stay in shared memory, else they come with each tile; dynamic bytes of a block)."""
+@dataclass(frozen=True)
+class _FewPlan:
+    """How the few-token kernel takes so many tokens: activations in shared memory, split over two blocks, or (neither)
+    coming with each tile; tiles of a warp that are summed first; dynamic shared bytes."""
+
+    resident: bool
+    split: bool
+    half: int
+    shared: int
+
+
+def _few_defines(layout: Layout, shared_limit: int, halved: bool) -> dict[str, int]:
+    return {**layout.few_defines(shared_limit), **({"FEW_HALVED": 1} if halved else {})}
+
+
+def _few_plan(layout: Layout, shared_limit: int, tokens: int, k: int) -> _FewPlan:
     defines = layout.few_defines(shared_limit)
     warps, depth = defines["FEW_WARPS"], defines["FEW_DEPTH"]
-    x_tile, sums = tokens * layout.tile_k * 2, sum_bytes(warps, tokens)
-    resident = warps * (depth * layout.tile_bytes + -(-k // (layout.tile_k * warps)) * x_tile) + sums
-    if resident <= shared_limit:
-        return True, resident
-    return False, warps * depth * (layout.tile_bytes + x_tile) + sums
+
+    def resident(tiles: int, tokens: int) -> int:
+        return warps * (depth * layout.tile_bytes + tiles * tokens * layout.tile_k * 2) + sum_bytes(warps, tokens)
+
+    tiles = -(-k // (layout.tile_k * warps))
+    half = -(-tiles // 2) if resident(tiles, FEW_TOKENS) > shared_limit else 0  # whatever the tokens: one order of sums
+    if resident(tiles, tokens) <= shared_limit:
+        return _FewPlan(True, False, half, resident(tiles, tokens))
+    if tiles > 1 and resident(half, tokens) + 16 <= shared_limit:
+        return _FewPlan(False, True, half, resident(half, tokens) + 16)
+    ring = warps * depth * (layout.tile_bytes + tokens * layout.tile_k * 2) + sum_bytes(warps, tokens)
+    return _FewPlan(False, False, half, ring)
 
 
-def _choose_many(group: Packed, tokens: int, device: Device) -> ManyTokens:
+def choose_many(device: Device, group: Packed, token_blocks: Callable[[ManyTokens], float],
+                variants: Sequence[ManyTokens] = MANY) -> ManyTokens:
     """The variant that is done first: whole waves of blocks over the chip, then what is left."""
     def time(many: ManyTokens) -> float:
-        blocks = -(-tokens // many.tokens) * -(-group.row_tiles * 16 // many.rows)
+        blocks = token_blocks(many) * -(-group.row_tiles * 16 // many.rows)
         waves, left = divmod(blocks, device.sm_count * many.blocks)
         last = max(many.alone, -(-left // device.sm_count) * many.each) if left else 0
         return waves * many.blocks * many.each + last
 
-    return min((many for many in MANY if many.runs(group.layout, device.shared_limit)), key=time)
+    return min((many for many in variants if many.runs(group.layout, device.shared_limit)), key=time)
 
 
 def _prescaled(device: Device, x: Activation, group: Packed) -> Activation:
@@ -234,5 +302,5 @@ def _prescaled(device: Device, x: Activation, group: Packed) -> Activation:
     return Activation(y, exponent, bound)
 
 
-def _same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+def same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
     return a is b or (a is not None and b is not None and np.array_equal(a, b))

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import cupy
 import numpy as np
 
 from fp4rt.ops.cuda.activation import Activation, exponent_for
-from fp4rt.ops.cuda.device import Device
+from fp4rt.ops.cuda.device import SHARED_LIMIT, Device
+from fp4rt.ops.cuda.tiles import few_warps
 
-_THREADS = 256
+_TINY = 1e-30  # mean square of a row of zeros
 
 
 def variants(capability: int) -> list[tuple[str, dict[str, int], int]]:
     """Every (stem, defines, dynamic shared bytes) that this module may launch on an architecture."""
-    return [("rms_norm", {}, 0)]
+    return [("rms_norm", _defines(SHARED_LIMIT[capability]), 0)]
+
+
+def _defines(shared_limit: int) -> dict[str, int]:
+    """As many threads as a block of the few-token linears, which may do this themselves, with the same bits."""
+    return {"THREADS": 32 * few_warps(shared_limit)}
 
 
 @dataclass(frozen=True)
@@ -33,11 +39,52 @@ def norm_weight(device: Device, weight: np.ndarray, eps: float) -> Norm:
     return Norm(device.upload(weight), float(eps), float(np.abs(weight).max()))
 
 
+@dataclass(frozen=True)
+class Normed:
+    """x * weight / sqrt(mean(x^2) + eps) of x float32 [T, n], still to be computed: linears of few tokens do it while
+    they read x. A row's 2-norm is at most sqrt(n) * norm.largest."""
+
+    x: cupy.ndarray
+    norm: Norm
+    _computed: list[Activation] = field(default_factory=list)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.x.shape
+
+    @property
+    def exponent(self) -> int:
+        return exponent_for(self.row_length())
+
+    def row_length(self) -> float:
+        return math.sqrt(self.x.shape[1]) * self.norm.largest
+
+    def computed(self, device: Device) -> Activation:
+        """By a kernel of its own, at the first call."""
+        if not self._computed:
+            self._computed.append(rms_norm(device, self.x, self.norm))
+        return self._computed[0]
+
+
 def rms_norm(device: Device, x: cupy.ndarray, norm: Norm) -> Activation:
-    """x float32 [T, n] -> x * weight / sqrt(mean(x^2) + eps); a row's 2-norm is at most sqrt(n) * largest."""
-    length = math.sqrt(x.shape[1]) * norm.largest
+    """Normed(x, norm) at once; to the last bit what the linears compute."""
+    length = Normed(x, norm).row_length()
     exponent = exponent_for(length)
     y = device.scratch(x.shape, np.float16)
-    device.kernel("rms_norm", "rms_norm")(x.shape[0], _THREADS, x, norm.weight, y, x.shape[1], norm.eps,
-                                          math.ldexp(1.0, -exponent), pdl=True)
+    _launch(device, x, norm.weight, y, norm.eps, math.ldexp(1.0, -exponent), None)
     return Activation(y, exponent, length, length)
+
+
+def unit_rows(device: Device, x: cupy.ndarray) -> Activation:
+    """x float32 [T, n] itself, as rows of mean square 1 and the float32 factor of each row."""
+    y, rows = device.scratch(x.shape, np.float16), device.scratch(x.shape[0], np.float32)
+    _launch(device, x, None, y, _TINY, 1.0, rows)
+    length = math.sqrt(x.shape[1])
+    return Activation(y, 0, length, length, rows)
+
+
+def _launch(device: Device, x: cupy.ndarray, weight: cupy.ndarray | None, y: cupy.ndarray, eps: float, factor: float,
+            rows: cupy.ndarray | None) -> None:
+    defines = _defines(device.shared_limit)
+    device.kernel("rms_norm", "rms_norm", **defines)(x.shape[0], defines["THREADS"], x, weight, y, x.shape[1], eps,
+                                                     factor, rows, pdl=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,11 @@ from fp4rt.ops.cuda.device import Device
 
 FEW_TOKENS = 8     # columns of one mma: the few-token kernel costs the same for 1 to 8
 _PANEL = 16 << 20  # bytes of source on the device while it is repacked
+
+
+def few_warps(shared_limit: int) -> int:
+    """Warps of a block of the few-token kernel."""
+    return 16 if shared_limit > 128 << 10 else 8
 
 
 def sum_bytes(warps: int, tokens: int) -> int:
@@ -58,7 +64,7 @@ class Layout(ABC):
     def few_defines(self, shared_limit: int) -> dict[str, int]:
         """Constants of the few-token kernel (and of `repack`, beside it): warps of a block, which split the columns;
         tiles each has on the way; blocks whose registers fit an SM, so that the next kernel's can begin."""
-        warps = 16 if shared_limit > 128 << 10 else 8
+        warps = few_warps(shared_limit)
         slot = self.tile_bytes + FEW_TOKENS * self.tile_k * 2
         depth = (shared_limit - sum_bytes(warps, FEW_TOKENS)) // (warps * slot)
         blocks = 1 if self.defines.get("BLOCK_SCALES") and warps == 16 else 2
@@ -79,13 +85,15 @@ class Layout(ABC):
 
 @dataclass(frozen=True)
 class Packed:
-    """Parts of one format as one weight. tiles: uint8; row_scale, bias: float32 [row tiles * 16], in packed order.
+    """Parts of one format as one weight, or those of every expert behind each other.
 
-    features: output columns. prescale: float32 [K] that the input is multiplied by first, and its largest magnitude.
+    tiles: uint8; row_scale, bias: float32 [experts * row tiles * 16], in packed order. features: output columns.
+    prescale: float32 [experts, K] that the input is multiplied by first, and its largest magnitude.
     """
 
     layout: Layout
     device: Device
+    experts: int
     parts: int
     features: int
     in_features: int
@@ -97,58 +105,68 @@ class Packed:
     prescale: cupy.ndarray | None
     largest_prescale: float
     name: str
-    _norm_scales: tuple[float, ...]
+    _norm_scales: np.ndarray  # [experts, parts]
     _largest: cupy.ndarray
     _largest_bias: tuple[float, ...]
     _bounds: dict[str, Any] = field(default_factory=dict)
+
+    @functools.cached_property
+    def tickets(self) -> cupy.ndarray:
+        """int32 [row tiles], for blocks that share a row tile to count each other; zero between kernels."""
+        return self.device.zeros(self.row_tiles, np.int32)
 
     @property
     def nbytes(self) -> int:
         return sum(a.nbytes for a in (self.tiles, self.row_scale, self.bias, self.prescale) if a is not None)
 
     def bounds(self, length: float) -> list[float]:
-        """For each part, what no output can exceed for inputs of this 2-norm (Cauchy-Schwarz)."""
+        """For each part, what no output of any expert can exceed for inputs of this 2-norm (Cauchy-Schwarz)."""
         if not self._bounds:
             squares = self.device.read(self._largest).view(np.float32)
             if not np.isfinite(squares).all():
                 raise Fp4rtError("checkpoint", f"{self.name}: holds NaN or infinity; the checkpoint is damaged; "
                                                "download or export it again")
             # The kernel's sum of up to K squares is in float32; a thousandth covers its rounding.
-            self._bounds["norms"] = [1.001 * math.sqrt(square) * scale
-                                     for square, scale in zip(squares.tolist(), self._norm_scales)]
+            norms = np.sqrt(squares.astype(np.float64)).reshape(self._norm_scales.shape) * self._norm_scales
+            self._bounds["norms"] = (1.001 * norms.max(axis=0)).tolist()
         length *= self.largest_prescale
         return [length * norm + bias for norm, bias in zip(self._bounds["norms"], self._largest_bias)]
 
 
-def pack(device: Device, parts: Sequence[Weight], layout: Layout, gated: bool) -> Packed:
-    """Upload parts of one layout, below each other or as a gated pair (8 rows of each in turn)."""
+def pack(device: Device, experts: Sequence[Sequence[Weight]], layout: Layout, gated: bool) -> Packed:
+    """Upload each expert's parts (of one layout and the same shapes), below each other or as a gated pair (8 rows of
+    each in turn). A linear is one expert."""
+    parts = experts[0]
     k, counts = parts[0].shape[1], [part.shape[0] for part in parts]
     row_tiles = -(-counts[0] // 8) if gated else -(-sum(counts) // 16)
-    k_tiles = -(-k // layout.tile_k)
-    tiles = device.zeros(row_tiles * k_tiles * layout.tile_bytes, np.uint8)
-    largest = device.zeros(len(parts), np.uint32)
+    rows, tile_bytes = row_tiles * 16, row_tiles * -(-k // layout.tile_k) * layout.tile_bytes
+    tiles = device.zeros(len(experts) * tile_bytes, np.uint8)
+    largest = device.zeros(len(experts) * len(parts), np.uint32)
 
-    scales = np.zeros(row_tiles * 16, np.float32)
-    has_bias = any(part.bias is not None for part in parts)
-    biases = np.zeros(row_tiles * 16, np.float32) if has_bias else None
-    first = 0
-    for index, (part, count) in enumerate(zip(parts, counts)):
-        r = np.arange(count)
-        packed_rows = r // 8 * 16 + index * 8 + r % 8 if gated else first + r
-        scales[packed_rows] = layout.row_scales(part)
-        if part.bias is not None:
-            biases[packed_rows] = part.bias
-        first += count
-    row_scale = device.upload(scales)
-    first = 0
-    for index, (part, count) in enumerate(zip(parts, counts)):
-        layout.repack(device, part, Place(tiles, row_scale, first, index if gated else -1, largest[index:]))
-        first += count
-    prescale = parts[0].pre_quant_scale
+    firsts = [0] * len(parts) if gated else np.cumsum([0, *counts[:-1]]).tolist()
+    packed_rows = [np.arange(count) // 8 * 16 + index * 8 + np.arange(count) % 8 if gated else first + np.arange(count)
+                   for index, (first, count) in enumerate(zip(firsts, counts))]
+    scales = np.zeros((len(experts), rows), np.float32)
+    has_bias = any(part.bias is not None for parts in experts for part in parts)
+    biases = np.zeros((len(experts), rows), np.float32) if has_bias else None
+    for e, parts in enumerate(experts):
+        for part, at in zip(parts, packed_rows):
+            scales[e, at] = layout.row_scales(part)
+            if part.bias is not None:
+                biases[e, at] = part.bias
+    row_scale = device.upload(scales.reshape(-1))
+    for e, parts in enumerate(experts):
+        for index, (part, first) in enumerate(zip(parts, firsts)):
+            layout.repack(device, part, Place(tiles[e * tile_bytes:], row_scale[e * rows:], first, index if gated else -1,
+                                              largest[e * len(parts) + index:]))
+    prescale = None
+    if any(parts[0].pre_quant_scale is not None for parts in experts):
+        prescale = np.stack([np.ones(k, np.float32) if parts[0].pre_quant_scale is None
+                             else np.asarray(parts[0].pre_quant_scale, np.float32) for parts in experts])
     return Packed(
-        layout, device, len(parts), counts[0] if gated else sum(counts), k, row_tiles, gated, tiles, row_scale,
-        None if biases is None else device.upload(biases),
-        None if prescale is None else device.upload(np.asarray(prescale, np.float32)),
+        layout, device, len(experts), len(counts), counts[0] if gated else sum(counts), k, row_tiles, gated, tiles,
+        row_scale, None if biases is None else device.upload(biases.reshape(-1)),
+        None if prescale is None else device.upload(prescale),
         1.0 if prescale is None else float(np.abs(prescale).max()),
-        parts[0].name, tuple(layout.norm_scale(part) for part in parts), largest,
-        tuple(0.0 if part.bias is None else float(np.abs(part.bias).max()) for part in parts))
+        experts[0][0].name, np.array([[layout.norm_scale(part) for part in parts] for parts in experts]), largest,
+        tuple(0.0 if biases is None else float(np.abs(biases[:, at]).max()) for at in packed_rows))

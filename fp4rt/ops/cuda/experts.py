@@ -1,0 +1,172 @@
+"""Mixtures of experts: the chosen experts' linears, their activation and their weighted sum."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import cupy
+import numpy as np
+
+from fp4rt.errors import Fp4rtError
+from fp4rt.formats import Weight
+from fp4rt.ops.cuda.activation import Activation, exponent_for
+from fp4rt.ops.cuda.device import SHARED_LIMIT, Device
+from fp4rt.ops.cuda.linear import (ACTIVATIONS, ADD_FLOAT, LAYOUTS, MANY, STORE_HALF, ManyTokens, activated_bound,
+                                   check_activation, choose_layout, choose_many, same)
+from fp4rt.ops.cuda.route import Choice
+from fp4rt.ops.cuda.tiles import FEW_TOKENS, Layout, Packed, pack
+
+_UP_WARPS, _DOWN_WARPS = 8, 16  # of a block: down's has the tiles of all of a token's slots to share
+_PAIRS = 16384                  # (token, slot) pairs in scratch memory at once
+_AHEAD = 32  # shared bytes behind the last slot that the unrolled sum of kernels/experts.cu may fetch, unused
+_THREADS = 256
+
+
+def variants(capability: int) -> list[tuple[str, dict[str, int], int]]:
+    """Every (stem, defines, dynamic shared bytes) that this module may launch on an architecture."""
+    limit = SHARED_LIMIT[capability]
+    found = [("experts", {}, 4 * 4096)]
+    for layout in LAYOUTS:
+        found += [(layout.stem, _few_defines(layout, warps), 0) for warps in (_UP_WARPS, _DOWN_WARPS)]
+        found += [(layout.stem, _many_defines(layout, many, limit),
+                   many.stages(layout, limit) * many.stage_bytes(layout)) for many in MANY if many.runs(layout, limit)]
+    return found
+
+
+def _few_defines(layout: Layout, warps: int) -> dict[str, int]:
+    return {"EXPERTS": 1, "EXPERT_WARPS": warps, **layout.defines}
+
+
+def _many_defines(layout: Layout, many: ManyTokens, shared_limit: int) -> dict[str, int]:
+    return {"EXPERTS": 1, **many.defines(layout, shared_limit)}
+
+
+class CudaExperts:
+    """The same linear of every expert, as ops.Linear."""
+
+    def __init__(self, packed: Packed, reason: str):
+        self.packed, self.reason = packed, reason
+        self.out_features, self.in_features = packed.features, packed.in_features
+        self.nbytes, self.kernel = packed.nbytes, packed.layout.stem
+
+
+def expert_weight(device: Device, experts: Sequence[Sequence[Weight]], *, gated: bool = False) -> CudaExperts:
+    """Upload one linear of all experts. Raises Fp4rtError("checkpoint") where their formats differ."""
+    layout, reason = choose_layout(experts[0][0])
+    for parts in experts:
+        for part in parts:
+            if not same(part.pre_quant_scale, parts[0].pre_quant_scale):
+                raise Fp4rtError("checkpoint", f"{part.name} and {parts[0].name} have different pre_quant_scales; the "
+                                               "CUDA backend takes one for an expert's input; use device='cpu'")
+            if choose_layout(part)[0] is not layout:
+                raise Fp4rtError(
+                    "checkpoint", f"{part.name} is {part.format} and {experts[0][0].name} is "
+                    f"{experts[0][0].format}; the CUDA backend takes one format for all experts of a layer; export the "
+                    "model so, or use device='cpu'")
+    return CudaExperts(pack(device, experts, layout, gated), reason)
+
+
+def experts(device: Device, x: Activation, choice: Choice, up: CudaExperts, down: CudaExperts, *, activation: str,
+            residual: cupy.ndarray | None = None, deterministic: bool = False) -> Activation | cupy.ndarray:
+    """sum over a token's slots of weight * down(activation(up(x))): added to the residual, or an activation [T, N].
+
+    Up to 8 tokens, or if `deterministic`: each token on its own, its experts' tiles read for it. More tokens: pairs of
+    a token and a slot are grouped by expert.
+    """
+    check_activation(activation, up.packed.gated)
+    tokens, slots = choice.ids.shape
+    out = residual if residual is not None else device.scratch((tokens, down.out_features), np.float16)
+    inner_bound = activated_bound(activation, up.packed.bounds(x.row_length()))
+    each_bound = down.packed.bounds(inner_bound * math.sqrt(down.in_features))[0]
+    bound = choice.total * each_bound
+    exponent = 0 if residual is not None else exponent_for(bound)
+    run = _each if tokens <= FEW_TOKENS or deterministic else _grouped
+    step = max(1, _PAIRS // slots)
+    for rows in (slice(start, start + step) for start in range(0, tokens, step)):
+        part = Activation(x.data[rows], x.exponent, x.bound, x.length)
+        run(device, part, choice.ids[rows], choice.weights[rows], up.packed, down.packed, activation, inner_bound,
+            each_bound, out[rows], ADD_FLOAT if residual is not None else STORE_HALF, exponent)
+    return out if residual is not None else Activation(out, exponent, bound)
+
+
+def _each(device: Device, x: Activation, ids: cupy.ndarray, weights: cupy.ndarray, up: Packed, down: Packed,
+          activation: str, inner_bound: float, each_bound: float, out: cupy.ndarray, mode: int, exponent: int) -> None:
+    tokens, slots = ids.shape
+    pairs = tokens * slots
+    x, pairs_of_x = _scaled(device, x, ids, up, slots)
+    inner = Activation(device.scratch((pairs, up.features), np.float16), exponent_for(inner_bound), inner_bound)
+    _few(device, x, ids, None, up, _UP_WARPS, pairs, 1, pairs_of_x, inner.data, STORE_HALF, activation, inner.exponent)
+    inner, _ = _scaled(device, inner, ids, down, 1)
+    _few(device, inner, ids, weights, down, _DOWN_WARPS, tokens, slots, 1, out, mode, None, exponent)
+
+
+def _few(device: Device, x: Activation, ids: cupy.ndarray, weights: cupy.ndarray | None, packed: Packed, warps: int,
+         outputs: int, slots: int, pairs_of_x: int, out: cupy.ndarray, mode: int, activation: str | None,
+         exponent: int) -> None:
+    kernel = device.kernel(packed.layout.stem, "few_experts", **_few_defines(packed.layout, warps))
+    kernel((outputs, packed.row_tiles), warps * 32, packed.tiles, x.data, ids, weights, slots, pairs_of_x,
+           packed.in_features, packed.row_tiles, out, *_epilogue(packed, x, mode, activation, exponent), pdl=True)
+
+
+def _grouped(device: Device, x: Activation, ids: cupy.ndarray, weights: cupy.ndarray, up: Packed, down: Packed,
+             activation: str, inner_bound: float, each_bound: float, out: cupy.ndarray, mode: int,
+             exponent: int) -> None:
+    tokens, slots = ids.shape
+    pairs = tokens * slots
+    x, pairs_of_x = _scaled(device, x, ids, up, slots)
+    choices = _choose(device, up, down, pairs)
+    size = choices[0].tokens
+    most_blocks = min(pairs, pairs // size + up.experts)
+    places, rows = device.scratch(pairs, np.int32), device.scratch(pairs, np.int32)
+    blocks = device.scratch((most_blocks, 4), np.int32)
+    device.kernel("experts", "group_by_expert")(up.experts, _THREADS, ids, pairs, pairs_of_x, size, most_blocks, places,
+                                                rows, blocks, shared=4 * up.experts, pdl=True)
+    inner = Activation(device.scratch((pairs, up.features), np.float16), exponent_for(inner_bound), inner_bound)
+    _many(device, x, rows, blocks, up, choices[0], inner.data, activation, inner.exponent)
+    inner, _ = _scaled(device, inner, ids, down, 1, places)
+    each = exponent_for(each_bound)
+    outputs = device.scratch((pairs, down.features), np.float16)
+    _many(device, inner, None, blocks, down, choices[1], outputs, None, each)
+    device.kernel("experts", "sum_slots")(tokens, _THREADS, outputs, places, weights, out, slots, down.features,
+                                          int(mode == ADD_FLOAT), math.ldexp(1.0, each), math.ldexp(1.0, -exponent),
+                                          shared=8 * slots + _AHEAD, pdl=True)
+
+
+def _many(device: Device, x: Activation, rows: cupy.ndarray | None, blocks: cupy.ndarray, packed: Packed,
+          many: ManyTokens, out: cupy.ndarray, activation: str | None, exponent: int) -> None:
+    limit = device.shared_limit
+    kernel = device.kernel(packed.layout.stem, "many_experts", **_many_defines(packed.layout, many, limit))
+    kernel((blocks.shape[0], -(-packed.row_tiles // (many.rows // 16))), many.threads, packed.tiles, x.data, rows, blocks,
+           packed.in_features, packed.row_tiles, out, *_epilogue(packed, x, STORE_HALF, activation, exponent),
+           shared=many.stages(packed.layout, limit) * many.stage_bytes(packed.layout), pdl=True)
+
+
+def _choose(device: Device, up: Packed, down: Packed, pairs: int) -> tuple[ManyTokens, ManyTokens]:
+    """Variants for the two linears with blocks of as many tokens: the most that an average expert half fills."""
+    def variants(tokens: int, packed: Packed) -> list[ManyTokens]:
+        return [many for many in MANY if many.tokens == tokens and many.runs(packed.layout, device.shared_limit)]
+
+    sizes = sorted({many.tokens for many in MANY if variants(many.tokens, up) and variants(many.tokens, down)})
+    size = max((size for size in sizes if pairs >= size // 2 * up.experts), default=sizes[0])
+    blocks = pairs // size + min(pairs, up.experts) // 2
+    first, second = (choose_many(device, packed, lambda many: blocks, variants(size, packed)) for packed in (up, down))
+    return first, second
+
+
+def _epilogue(packed: Packed, x: Activation, mode: int, activation: str | None, exponent: int) -> tuple:
+    return (packed.row_scale, packed.bias, packed.features, packed.features, mode, ACTIVATIONS[activation],
+            math.ldexp(1.0, x.exponent), math.ldexp(1.0, -exponent))
+
+
+def _scaled(device: Device, x: Activation, ids: cupy.ndarray, packed: Packed, pairs_of_x: int,
+            places: cupy.ndarray | None = None) -> tuple[Activation, int]:
+    """x with each pair's row times its expert's pre_quant_scale, if there is one, and how many pairs a row belongs to."""
+    if packed.prescale is None:
+        return x, pairs_of_x
+    bound = x.bound * packed.largest_prescale
+    exponent, pairs, k = exponent_for(bound), ids.size, x.data.shape[1]
+    y = device.scratch((pairs, k), np.float16)
+    device.kernel("experts", "scale_pairs")(pairs, _THREADS, x.data, ids, places, packed.prescale, y, pairs_of_x, k,
+                                            math.ldexp(1.0, x.exponent - exponent), pdl=True)
+    return Activation(y, exponent, bound), 1

@@ -1,0 +1,32 @@
+// RMSNorm (Zhang and Sennrich 2019) of a row by a whole block: the same bits in every kernel of as many threads.
+
+// This warp's share of a row's sum of squares, in all its lanes.
+template <int BLOCK> __device__ __forceinline__ float warp_squares(const float* x, int d) {
+    const int quads = d % 4 ? 0 : d / 4;  // rows of other sizes are not aligned to 16 bytes
+    float squares = 0;
+#pragma unroll 2
+    for (int i = threadIdx.x; i < quads; i += BLOCK) {
+        const float4 v = reinterpret_cast<const float4*>(x)[i];
+        squares = fmaf(v.x, v.x, fmaf(v.y, v.y, fmaf(v.z, v.z, fmaf(v.w, v.w, squares))));
+    }
+#pragma unroll 1
+    for (int i = 4 * quads + threadIdx.x; i < d; i += BLOCK) squares = fmaf(x[i], x[i], squares);
+#pragma unroll
+    for (int offset = 16; offset; offset /= 2) squares += __shfl_xor_sync(~0u, squares, offset);
+    return squares;
+}
+
+// What a row is divided by, from its warps' squares, `stride` apart.
+template <int WARPS>
+__device__ __forceinline__ float row_length(const float* squares, int stride, int d, float eps) {
+    float total = 0;
+#pragma unroll
+    for (int i = 0; i < WARPS; i++) total += squares[i * stride];
+    return sqrtf(total / d + eps);
+}
+
+// Four neighbours to fp16.
+__device__ __forceinline__ uint2 normed(float4 x, float scale, float4 weight) {
+    return make_uint2(as_bits(__floats2half2_rn(x.x * scale * weight.x, x.y * scale * weight.y)),
+                      as_bits(__floats2half2_rn(x.z * scale * weight.z, x.w * scale * weight.w)));
+}

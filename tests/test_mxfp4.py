@@ -45,3 +45,22 @@ def test_blocks_of_zeros_may_have_any_scale():
 def test_scales_too_far_apart_are_refused():
     with pytest.raises(Fp4rtError, match=r"w: block scales of one row are 2\^18 apart"):
         weight(np.array([[100, 118]], np.uint8)).scales_as_e4m3()
+
+
+def test_compressed_tensors_layout_is_told_from_its_scales(tmp_path):
+    """weight_packed with E8M0 scales per 32 and no global scale, as llm-compressor's mxfp4-pack-quantized has it."""
+    from safetensors.numpy import save_file
+
+    from fp4rt.checkpoint import Checkpoint
+    from fp4rt.formats import read_weight
+
+    stored = weight(RNG.integers(120, 130, (6, 2)).astype(np.uint8))
+    save_file({"w.weight_packed": stored.codes, "w.weight_scale": stored.block_scales}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    found = read_weight(Checkpoint(tmp_path).at("w"), 6, 64)
+    assert found.format == "MXFP4"
+    np.testing.assert_array_equal(found.dequantize(), stored.dequantize())
+    with pytest.raises(Fp4rtError, match=r"w\.weight_scale.*\[6, 2\]"):
+        save_file({"w.weight_packed": stored.codes, "w.weight_scale": stored.block_scales[:, :1].copy()},
+                  tmp_path / "model.safetensors")
+        read_weight(Checkpoint(tmp_path).at("w"), 6, 64)

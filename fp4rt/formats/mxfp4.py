@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fp4rt.errors import Fp4rtError
 from fp4rt.formats.nvfp4 import E2M1, unpack
 from fp4rt.formats.weight import ALL
 
@@ -36,27 +35,6 @@ class Mxfp4:
     @property
     def nbytes(self) -> int:
         return self.codes.nbytes + self.block_scales.nbytes
-
-    def scales_as_e4m3(self) -> tuple[np.ndarray, np.ndarray]:
-        """(uint8 [N, K/16], float32 [N]): E4M3 scales and one factor per row, whose products are exactly these scales.
-
-        E4M3 holds the 18 powers of two from 2^-9 to 2^8. Blocks of zeros may have any scale; where others of one row
-        are further apart, which no exporter's weights are, this raises Fp4rtError("checkpoint").
-        """
-        exponents = self.block_scales.astype(np.int32)
-        wide = exponents.max(axis=1, initial=0) - exponents.min(axis=1, initial=255) > 17
-        if wide.any():
-            blocks = np.ascontiguousarray(self.codes[wide]).reshape(*exponents[wide].shape, BLOCK // 2)
-            zero = ~(blocks & 0x77).any(axis=2)
-            exponents[wide] = np.where(zero, np.where(zero, 0, exponents[wide]).max(axis=1, keepdims=True), exponents[wide])
-        largest = exponents.max(axis=1, initial=0)
-        below = largest[:, None] - exponents  # halvings from the row's largest scale, which becomes 2^8
-        if below.size and below.max() > 17:
-            raise Fp4rtError("checkpoint", f"{self.name}: block scales of one row are 2^{below.max()} apart; this "
-                                           "backend takes up to 2^17; use device='reference'")
-        # 2^8 is 0x78, each halving takes 8 off down to 2^-6, and 2^-7, 2^-8, 2^-9 are the subnormals 4, 2 and 1.
-        e4m3 = np.where(below <= 14, 0x78 - 8 * below, 4 >> np.maximum(below - 15, 0)).astype(np.uint8)
-        return np.repeat(e4m3, 2, axis=1), np.ldexp(np.float32(1), largest - 127 - 8).astype(np.float32)
 
     def dequantize(self, rows: slice = ALL) -> np.ndarray:
         scales = e8m0(self.block_scales[rows])

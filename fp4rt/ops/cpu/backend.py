@@ -79,7 +79,7 @@ class CpuExperts:
 def held_bytes(part: Weight) -> int:
     """What a part takes in memory: the file's bytes, a float32 scale per row, its entry in the table of parts."""
     vectors = sum(v.nbytes for v in (part.bias, part.pre_quant_scale) if v is not None)
-    again = part.block_scales.nbytes if isinstance(part, Mxfp4) else 0  # one E4M3 scale for 16 values, not for 32
+    again = part.block_scales.nbytes if isinstance(part, Mxfp4) else 0  # one scale for 16 values, not for 32
     return part.nbytes + again + vectors + 4 * part.shape[0] + 8 * kernels.FIELDS
 
 
@@ -124,14 +124,14 @@ class CpuOps(ReferenceOps):
             entry[kernels.CODE_BYTES], entry[kernels.SCALE_BYTES] = layout.code_bytes, layout.scale_bytes
             entry[kernels.CODE_TAIL] = rest * layout.code_bytes // layout.elements
             entry[kernels.SCALE_TAIL] = rest * layout.scale_bytes // layout.elements
-            if kind == emit.NVFP4:
+            if kind in emit.FP4:
                 entry[kernels.SCALES], entry[kernels.SCALE_STRIDE] = _address(scales), scales.strides[0]
             elif kind == emit.FP8_BLOCK:
                 entry[kernels.SCALES], entry[kernels.SCALE_STRIDE] = sum(map(len, block_scales)), scales.shape[1]
                 entry[kernels.BLOCK_ROWS], entry[kernels.BLOCK_COLUMNS] = part.block
                 block_scales.append(scales.ravel())
             row_scales.append(np.broadcast_to(np.asarray(row_scale, np.float32), len(codes)))
-            view = kind == emit.NVFP4, 0 if part.pre_quant_scale is None else _address(part.pre_quant_scale)
+            view = kind in emit.FP4, 0 if part.pre_quant_scale is None else _address(part.pre_quant_scale)
             if view not in views:
                 views[view] = len(views)
                 input_scales.append(part.pre_quant_scale)
@@ -284,7 +284,6 @@ def _operands(part: Weight) -> tuple[int, np.ndarray, np.ndarray, np.ndarray | f
             return emit.FP8, codes, _NONE, np.repeat(scales[:, 0], part.block[0])[:len(codes)] * np.float32(256)
         return emit.FP8_BLOCK, codes, scales, 256.0
     if isinstance(part, Mxfp4):
-        scales, row_scale = part.scales_as_e4m3()
-        return emit.NVFP4, _rows(part.codes), scales, row_scale * np.float32(256)
+        return emit.MXFP4, _rows(part.codes), np.repeat(part.block_scales, 2, axis=1), 1.0
     assert isinstance(part, Dense)
     return _DENSE[part.format], _rows(part.data), _NONE, 1.0

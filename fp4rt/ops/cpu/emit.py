@@ -29,7 +29,8 @@ from fp4rt.batch import PAGE_TOKENS
 from fp4rt.formats.nvfp4 import E2M1
 from fp4rt.ops.cpu.runtime import TIER, load_machine_code
 
-NVFP4, FP8, FP8_BLOCK, BF16, F16, F32 = range(6)  # FP8_BLOCK: a float32 scale for each element's column
+NVFP4, FP8, FP8_BLOCK, BF16, F16, F32, MXFP4 = range(7)  # FP8_BLOCK: a float32 scale for each element's column
+FP4 = (NVFP4, MXFP4)  # alike but for the scales: E4M3 or E8M0, one for 16 codes in both
 
 LANES = 16 if TIER == "avx512" else 8
 ROWS = 4  # rows that one call of dot_rows or tile computes
@@ -55,6 +56,7 @@ class Layout:
 
 LAYOUTS = {
     NVFP4: Layout(16 * LANES, 8 * LANES, LANES),
+    MXFP4: Layout(16 * LANES, 8 * LANES, LANES),
     FP8: Layout(4 * LANES, 4 * LANES, 0),
     FP8_BLOCK: Layout(4 * LANES, 4 * LANES, 16 * LANES),
     BF16: Layout(4 * LANES, 8 * LANES, 0),
@@ -233,9 +235,10 @@ def _e2m1(b: _Builder, dwords: ir.Value, k: int, odd: ir.Value) -> ir.Value:
     return b.bitcast(b.xor(value, sign), _VF)
 
 
-def _nvfp4_scales(b: _Builder, address: ir.Value) -> list[ir.Value]:
-    """The scales of a chunk's two dword vectors, each for two lanes."""
-    scales = _e4m3(b, b.get(address, ir.VectorType(_I8, LANES)))
+def _fp4_scales(b: _Builder, kind: int, address: ir.Value) -> list[ir.Value]:
+    """The scales of a chunk's two dword vectors, each for two lanes. E8M0 is a float32's exponent (0: no 2^-127)."""
+    codes = b.get(address, ir.VectorType(_I8, LANES))
+    scales = _e4m3(b, codes) if kind == NVFP4 else b.bitcast(b.shl(b.zext(codes, _VI), _splat(_I32, 23)), _VF)
     return [b.pick(scales, scales, [u * LANES // 2 + lane // 2 for lane in range(LANES)]) for u in range(2)]
 
 
@@ -312,7 +315,7 @@ class _Walk:
         ahead_codes, ahead_scales = self._phis[-len(state) - 4:len(carried) - len(state) - 2]
         for line in range(0, n * layout.code_bytes if following else 0, 64):
             b.prefetch(b.add(ahead_codes, _i64(line)))
-        for line in range(0, n * layout.scale_bytes if following and kind == NVFP4 else 0, 64):
+        for line in range(0, n * layout.scale_bytes if following and kind in FP4 else 0, 64):
             b.prefetch(b.add(ahead_scales, _i64(line)))
 
     def _pad(self, size: int) -> ir.Value:
@@ -399,7 +402,7 @@ def _emit_dot(kind: int, rows: int, tokens: int) -> Callable[..., None]:
              first):
         last = b.sub(count, _i64(1))
         index = [b.minimum(b.add(first, _i64(r)), last) for r in range(rows)]
-        ahead = rows * (2 if kind == NVFP4 else 1)  # rows: about 8 KiB at K = 2048
+        ahead = rows * (2 if kind in FP4 else 1)  # rows: about 8 KiB at K = 2048
         following = [b.add(base, b.mul(b.add(first, _i64(ahead)), stride))
                      for base, stride in ((codes, code_stride), (scales, scale_stride))]
         walk = _Walk(b, kind, [b.add(codes, b.mul(i, code_stride)) for i in index],
@@ -407,9 +410,9 @@ def _emit_dot(kind: int, rows: int, tokens: int) -> Callable[..., None]:
                      whole, code_tail, scale_tail, [_splat(_F32, 0.0)] * (rows * tokens), following)
         x_rows = [b.add(walk.moving, b.mul(x_stride, _i64(t))) for t in range(tokens)]
         sums = {(r, t): walk.state[r * tokens + t] for r in range(rows) for t in range(tokens)}
-        if kind == NVFP4:
+        if kind in FP4:
             odd = _odd_words(b, whole)
-            block_scales = [_nvfp4_scales(b, address) for address in walk.scales]
+            block_scales = [_fp4_scales(b, kind, address) for address in walk.scales]
             for u in range(2):
                 dwords = [b.get(address, _VI, u * LANES * 4) for address in walk.codes]
                 inner = {}
@@ -441,7 +444,7 @@ def _emit_dot_rows(b, kind, tokens, *args):
     done, other = (b.function.append_basic_block(name) for name in ("end", "other"))
     switch = b.switch(b.add(b.mul(kind, _i64(8)), tokens), other)
     for each in LAYOUTS:
-        tiles = _TILES.get(each, _TILES[None])
+        tiles = _TILES[NVFP4 if each in FP4 else None]
         for count in (1, 2, 4):
             part = max(t for t in tiles if t <= count)
             height = tiles[part]
@@ -478,9 +481,9 @@ dot_rows = _entry("dot_rows", 14, _emit_dot_rows)
 def _emit_decode(kind: int) -> Callable[..., None]:
     def emit(b, codes, scales, whole, code_tail, scale_tail, out):
         walk = _Walk(b, kind, [codes], [scales], out, LAYOUTS[kind].elements * 4, whole, code_tail, scale_tail, [])
-        if kind == NVFP4:
+        if kind in FP4:
             odd = _odd_words(b, whole)
-            for u, scale in enumerate(_nvfp4_scales(b, walk.scales[0])):
+            for u, scale in enumerate(_fp4_scales(b, kind, walk.scales[0])):
                 dwords = b.get(walk.codes[0], _VI, u * LANES * 4)
                 for k in range(8):
                     b.put(b.fmul(_e2m1(b, dwords, k, odd), scale), walk.moving, (u * 8 + k) * LANES * 4)

@@ -29,7 +29,8 @@ def inverse_frequencies(config: Config, head_dim: int) -> tuple[np.ndarray, floa
     rotated = min(stated)
     if kind == "proportional":
         live = int(rotated * head_dim // 2)  # the other dimensions stand still
-        return np.where(np.arange(head_dim // 2) < live, base, 0) / np.float32(scaling.number("factor", 1.0, least=1e-6)), 1.0
+        factor = np.float32(scaling.number("factor", 1.0, least=1e-6))
+        return np.where(np.arange(head_dim // 2) < live, base, 0) / factor, 1.0
     if rotated != 1.0:
         raise config.refuse("partial_rotary_factor", f"is {rotated}", "partial rotation is not supported for this model")
     if kind == "default":
@@ -66,7 +67,8 @@ def _yarn(scaling: Config, config: Config, base: np.ndarray, theta: float, dim: 
     def dimension(turns: float) -> float:
         return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-    low, high = dimension(scaling.number("beta_fast", 32.0, least=1e-6)), dimension(scaling.number("beta_slow", 1.0, least=1e-6))
+    low = dimension(scaling.number("beta_fast", 32.0, least=1e-6))
+    high = dimension(scaling.number("beta_slow", 1.0, least=1e-6))
     if scaling.flag("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)

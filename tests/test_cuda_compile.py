@@ -9,7 +9,6 @@ import pytest
 
 pytest.importorskip("cupy_backends.cuda.libs.nvrtc")
 
-import fp4rt.ops  # noqa: E402
 from fp4rt.errors import Fp4rtError  # noqa: E402
 from fp4rt.ops.cuda import compile as compiling  # noqa: E402
 from fp4rt.ops.cuda.device import SHARED_LIMIT  # noqa: E402

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fp4rt
-from backends import BACKENDS, each_backend
+from backends import BACKENDS
 
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "llama-modelopt-nvfp4"
 

@@ -47,7 +47,8 @@ DEFAULT_ROPE = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}
 def _layer_kinds(config: Config, layers: int) -> list[str]:
     default = ["full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(layers)]
     kinds = config.get("layer_types", default)
-    if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in ("sliding_attention", "full_attention") for kind in kinds):
+    if not isinstance(kinds, list) or len(kinds) != layers or not all(
+            kind in ("sliding_attention", "full_attention") for kind in kinds):
         raise config.refuse("layer_types", f"is {str(kinds)[:80]}",
                             f"expected {layers} of sliding_attention and full_attention")
     return [*kinds[:-1], "full_attention"]  # the last layer is full whatever the list says

@@ -21,7 +21,8 @@ class Sizes(DecoderConfig):
 def read(config: Config) -> Sizes:
     layers = config.integer("num_hidden_layers", most=1 << 14)
     kinds = config.get("layer_types", ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)])
-    if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in ("sliding_attention", "full_attention") for kind in kinds):
+    known = ("sliding_attention", "full_attention")
+    if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in known for kind in kinds):
         raise config.refuse("layer_types", f"is {str(kinds)[:80]}",
                             f"expected {layers} of sliding_attention and full_attention")
     window = config.integer("sliding_window")
@@ -51,8 +52,9 @@ class Experts:
     def __init__(self, scope: Scope, sizes: Sizes, load: Loader):
         self.ops, self.routing = load.ops, sizes.routing
         self.router = load.linear(scope, {"router": sizes.routing.num_experts}, sizes.hidden_size, bias=True)
-        self.gate_up_proj, self.down_proj = load.experts(scope.at("experts"), ExpertShape(
-            sizes.routing.num_experts, sizes.hidden_size, sizes.intermediate_size, interleaved=True, bias=True), sizes.routing.top_k)
+        shape = ExpertShape(sizes.routing.num_experts, sizes.hidden_size, sizes.intermediate_size, interleaved=True,
+                            bias=True)
+        self.gate_up_proj, self.down_proj = load.experts(scope.at("experts"), shape, sizes.routing.top_k)
 
     def __call__(self, h: Any, norm: Any) -> Any:
         choice = self.ops.route(h, self.router, self.routing, norm=norm)

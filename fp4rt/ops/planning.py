@@ -74,7 +74,8 @@ class Buffer:
 class PlanningOps:
     """Ops for models that are looked at, not run: weights and a step's memory are counted, nothing is allocated.
 
-    choose: (parts, gated) -> kernel, reason and bytes of the backend in question. page_bytes, state_bytes: of one page or slot of a layer.
+    choose: (parts, gated) -> kernel, reason and bytes of the backend in question. page_bytes, state_bytes: of one page
+    or slot of a layer.
     activation_bytes: per element between operations; normed_bytes: of the copy that an RMSNorm in front of a linear
     makes (0: none). free: bytes that may be allocated, None if unknown.
     """

@@ -112,7 +112,6 @@ def nvrtc_version() -> tuple[int, int]:
 
 def install_hint() -> str:
     """The extra to install, by the CUDA version of the driver (CUDA 12 where there is none)."""
-    import ctypes
 
     version = ctypes.c_int()
     try:

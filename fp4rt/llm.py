@@ -189,7 +189,8 @@ class LLM:
         self.report = [
             f"{checkpoint.path.name}: {checkpoint.config['model_type']} on {ops.device}", *loader.report(),
             f"weights {self.weight_bytes / 1e6:.1f} MB, K/V {cache.nbytes / 1e6:.1f} MB for {cache.tokens} tokens "
-            f"(context up to {self.max_model_len}), workspace {workspace / 1e6:.1f} MB"]
+            f"(context up to {self.max_model_len}), workspace {workspace / 1e6:.1f} MB",
+            *([ops.notice] if ops.notice else [])]
 
     # -- Text ---------------------------------------------------------------------------------------------------
 

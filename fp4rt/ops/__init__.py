@@ -143,6 +143,7 @@ class Ops(Protocol):
 
     name: str
     device: str       # one line for people: "NVIDIA H100 80GB HBM3 (sm_90a)", "CPU, 2 threads, avx512"
+    notice: str       # what a person should know before the first step; "" if there is nothing
     step_tokens: int  # tokens worth putting into one step of a long prompt
     lookahead: int    # decode steps worth queueing before the first one's ids are read (0: steps run as called)
 

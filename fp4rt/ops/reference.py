@@ -217,6 +217,7 @@ class ReferenceOps:
 
     name = "reference"
     device = "numpy reference"
+    notice = ""
     step_tokens = 256
     lookahead = 0
 

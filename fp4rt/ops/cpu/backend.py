@@ -100,6 +100,8 @@ class CpuOps(ReferenceOps):
             raise Fp4rtError("request", f"threads is {threads}; this process may use 1 to {available}")
         self.threads = threads or available
         self.device = f"CPU, {self.threads} thread{'s' * (self.threads > 1)}, {runtime.TIER}"
+        self.notice = "" if runtime.compiled_before() else (
+            "the CPU kernels are compiled in the first step, this once: about 10 seconds")
         self._scratch: dict[str, np.ndarray] = {}
         self._views: dict[tuple[str, tuple[int, ...]], np.ndarray] = {}  # of the scratch, by name and shape
 

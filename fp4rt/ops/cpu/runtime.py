@@ -168,6 +168,11 @@ class _Locator(caching._CacheLocator):
         return locator
 
 
+def compiled_before() -> bool:
+    """Whether an earlier process has left compiled functions for this version and processor."""
+    return any(_CACHE.glob("*.nbi"))
+
+
 class _CacheImpl(caching.CompileResultCacheImpl):
     _locator_classes = [_Locator]
 

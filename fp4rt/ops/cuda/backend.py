@@ -42,6 +42,7 @@ class CudaOps:
     """
 
     name = "cuda"
+    notice = ""
     step_tokens = 2048
     lookahead = 8
 

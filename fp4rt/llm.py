@@ -15,7 +15,7 @@ import numpy as np
 from fp4rt.batch import PAGE_TOKENS, Batch
 from fp4rt.cache import Cache, Plan, Remembered, pages_for
 from fp4rt.checkpoint import Checkpoint, read_json
-from fp4rt.engine import LEASE, Engine, Sequence
+from fp4rt.engine import LEASE, LOGITS_ROWS, Engine, Sequence
 from fp4rt.errors import Fp4rtError
 from fp4rt.loading import Loader
 from fp4rt.models import load_model, read_config
@@ -71,7 +71,7 @@ class Timing:
 
 
 def parse_size(size: int | str | None) -> int | None:
-    """Bytes from a number or from text such as "14.5GiB", "800 MB" or "2g" (binary without the i too: 1 GB = 10^9)."""
+    """Bytes from a number or from text such as "14.5GiB", "800 MB" or "2g" (with an i powers of 1024, without one of 1000)."""
     if size is None or isinstance(size, int) and not isinstance(size, bool) and size > 0:
         return size
     if isinstance(size, str):
@@ -114,8 +114,8 @@ def load(model: str | Path, *, device: str = "auto", arch: str | None = None, ma
     try:
         loader = Loader(ops)
         decoder = load_model(checkpoint, loader, room, progress)
-        engine, workspace = _make_engine(ops, decoder, room, must=max_model_len is not None)
-        return LLM(checkpoint, ops, loader, engine, room, workspace, time.perf_counter() - started)
+        engine, context, workspace = _make_engine(ops, decoder, room, must=max_model_len is not None)
+        return LLM(checkpoint, ops, loader, engine, context, workspace, time.perf_counter() - started)
     except BaseException:
         ops.close()
         raise
@@ -140,7 +140,7 @@ def reserve_workspace(ops: Ops, decoder: Any, plan: Plan, room: int) -> int:
 
     def widest() -> None:
         tokens, sequences = min(ops.step_tokens, room), plan.sequences
-        step(tokens, 1, min(sequences, tokens))                         # a prompt, and its logits
+        step(tokens, 1, min(LOGITS_ROWS, tokens))                       # a prompt, and its logits
         step(sequences, sequences, sequences)                           # as many sequences as may run
         step(max(tokens, 2 * sequences), sequences, sequences)          # prompts beside them
 
@@ -152,8 +152,8 @@ def cache_pages(ops: Ops, plan: Plan, tokens: int) -> list[int]:
     return plan.pages(tokens, max(ops.step_tokens, LEASE), max(1, plan.sequences // 8))
 
 
-def _make_engine(ops: Ops, decoder: Any, room: int, must: bool) -> tuple[Engine, int]:
-    """The cache and workspace that fit beside the weights: room for `room` tokens, or fewer unless they `must`."""
+def _make_engine(ops: Ops, decoder: Any, room: int, must: bool) -> tuple[Engine, int, int]:
+    """An engine, its context and its workspace in bytes: room for `room` tokens, or for what fits unless they `must`."""
     plan = Plan(ops, decoder.memory)
     workspace = reserve_workspace(ops, decoder, plan, room)
     free, fits = ops.free_memory(), room
@@ -166,16 +166,16 @@ def _make_engine(ops: Ops, decoder: Any, room: int, must: bool) -> tuple[Engine,
     if fits <= 0:
         raise Fp4rtError("memory", f"remembering {room} tokens takes {plan.nbytes(size(room), plan.sequences) / 1e6:.0f} MB "
                          f"and {free / 1e6:.0f} MB are free beside weights and workspace; ask for fewer with max_model_len")
-    return Engine(ops, decoder, Cache(plan, size(fits), plan.sequences), plan.sequences), workspace
+    return Engine(ops, decoder, Cache(plan, size(fits), plan.sequences), plan.sequences), fits, workspace
 
 
 class LLM:
     """A loaded model. A context manager; `close()` gives all memory back. Calls from several threads take turns."""
 
-    def __init__(self, checkpoint: Checkpoint, ops: Ops, loader: Loader, engine: Engine, room: int, workspace: int,
-                 load_seconds: float):
+    def __init__(self, checkpoint: Checkpoint, ops: Ops, loader: Loader, engine: Engine, context: int,
+                 workspace: int, load_seconds: float):
         self.checkpoint, self.ops, self.engine = checkpoint, ops, engine
-        self.max_model_len = min(room, engine.cache.tokens)
+        self.max_model_len = context
         self.load_seconds, self.workspace_bytes = load_seconds, workspace
         self.step_bytes = loader.step_bytes
         self.weight_bytes = loader.weight_bytes
@@ -188,8 +188,8 @@ class LLM:
         cache = engine.cache
         self.report = [
             f"{checkpoint.path.name}: {checkpoint.config['model_type']} on {ops.device}", *loader.report(),
-            f"weights {self.weight_bytes / 1e6:.1f} MB, K/V {cache.nbytes / 1e6:.1f} MB for {cache.tokens} tokens "
-            f"(context up to {self.max_model_len}), workspace {workspace / 1e6:.1f} MB",
+            f"weights {self.weight_bytes / 1e6:.1f} MB, K/V {cache.nbytes / 1e6:.1f} MB for {context} tokens, "
+            f"workspace {workspace / 1e6:.1f} MB",
             *([ops.notice] if ops.notice else [])]
 
     # -- Text ---------------------------------------------------------------------------------------------------

@@ -76,6 +76,17 @@ def test_a_conversation_equals_its_whole_text(name: str, backend: str):
             messages.append(session.messages[-1])
 
 
+def test_a_window_on_every_layer_takes_few_pages_for_a_long_context(monkeypatch: pytest.MonkeyPatch):
+    """What fits is the whole context that was asked for, though the pages for all of its tokens are not there."""
+    monkeypatch.setattr("fp4rt.cache.MAX_SEQUENCES", 8)
+    ids = np.random.default_rng(5).integers(3, 300, 600).tolist()
+    with load("mistral-compressed-nvfp4", "reference", max_model_len=640) as llm:
+        assert llm.max_model_len == 640 and llm.engine.cache.num_pages[0] < 8
+        tokens = llm.generate(ids, greedy(30))[0].ids
+        logits = llm.logits(ids + tokens)[599:-1]
+        assert logits.argmax(axis=1).tolist() == tokens
+
+
 def test_a_long_recurrence_stays_in_float32():
     """900 tokens through Mamba2 layers: the state after chunks of any size is the state after single tokens."""
     ids = np.random.default_rng(0).integers(3, 1000, 900).tolist()

@@ -16,7 +16,8 @@ from fp4rt.errors import Fp4rtError
 from fp4rt.layers import Decoder
 from fp4rt.ops import Ops
 
-LEASE = 256  # decode steps that run on pages and settings put on the device once
+LEASE = 256       # decode steps that run on pages and settings put on the device once
+LOGITS_ROWS = 64  # rows of a prompt whose logits are computed in one step
 
 
 def make_batch(step: list[tuple[Sequence, int]], rows: list[int], size: int | None = None,
@@ -186,8 +187,8 @@ class Engine:
             raise Fp4rtError("request", "logits cannot be asked for while sequences are being generated")
         sequence = Sequence(list(ids), None, 0, frozenset(), len(ids))
         self.cache.take_slot(sequence.held)
-        chunk = min(self.ops.step_tokens, self.scheduler.max_sequences)
-        parts = []
+        chunk = min(self.ops.step_tokens, LOGITS_ROWS)
+        logits = np.empty((len(ids), self.model.config.vocab_size), np.float32)
         try:
             while sequence.remembered < len(ids):
                 count = min(chunk, len(ids) - sequence.remembered)
@@ -196,10 +197,10 @@ class Engine:
                     raise Fp4rtError("memory", f"{len(ids)} tokens do not fit the K/V that is free now")
                 batch = self.ops.batch(make_batch([(sequence, count)], list(range(count))))
                 part = self.ops.fetch(self.model(batch, self.cache.layers)).result()
+                logits[sequence.remembered:sequence.remembered + count] = part
                 sequence.remembered += count
                 if not np.isfinite(part).all():
                     raise self._not_finite(sequence)
-                parts.append(part)
         finally:
             self.cache.give_back(sequence.held)
-        return np.concatenate(parts)
+        return logits

@@ -26,10 +26,17 @@ struct HeadRow {
     uint4 wide[WIDE + 1];
     uint2 narrow;
 
-    __device__ __forceinline__ void load(const __half* row, int t) {
+    // SHARED: the row lies in shared memory, which knows no cache operators.
+    template <bool SHARED> __device__ __forceinline__ void load(const __half* row, int t) {
 #pragma unroll
-        for (int j = 0; j < WIDE; j++) wide[j] = fetch(reinterpret_cast<const uint4*>(row + 32 * j + 8 * t));
-        if (NARROW) narrow = fetch(reinterpret_cast<const uint2*>(row + 32 * WIDE + 4 * t));
+        for (int j = 0; j < WIDE; j++) {
+            const uint4* p = reinterpret_cast<const uint4*>(row + 32 * j + 8 * t);
+            wide[j] = SHARED ? *p : fetch(p);
+        }
+        if (NARROW) {
+            const uint2* p = reinterpret_cast<const uint2*>(row + 32 * WIDE + 4 * t);
+            narrow = SHARED ? *p : fetch(p);
+        }
     }
     // The two registers of k step `k` (16 dimensions each).
     __device__ __forceinline__ uint2 step(int k) const {
@@ -154,8 +161,8 @@ extern "C" __global__ void __launch_bounds__(32 * DECODE_WARPS, DECODE_BLOCKS)
     auto load_keys = [&](int from) {
         const __half* tile =
             keys + head_in_page(fetch(table + from / PAGE), kv_heads, kv_head, from % PAGE) + first_dimension;
-        k[0].load(tile + g * HEAD_DIM, t);
-        k[1].load(tile + (g + 8) * HEAD_DIM, t);
+        k[0].load<false>(tile + g * HEAD_DIM, t);
+        k[1].load<false>(tile + (g + 8) * HEAD_DIM, t);
     };
     auto load_values = [&](int from) {
         v.load(values + head_in_page(fetch(table + from / PAGE), kv_heads, kv_head, from % PAGE) + first_dimension, g, t,
@@ -188,7 +195,7 @@ extern "C" __global__ void __launch_bounds__(32 * DECODE_WARPS, DECODE_BLOCKS)
     if (!early && key < end) load_keys(key), load_values(key);
     HeadRow q[HEAD_TILES];
 #pragma unroll
-    for (int n = 0; n < HEAD_TILES; n++) q[n].load(shared.q[8 * n + g] + first_dimension, t);
+    for (int n = 0; n < HEAD_TILES; n++) q[n].load<true>(shared.q[8 * n + g] + first_dimension, t);
 
     float o[HEAD_TILES][PART_DIM / 16][4];
     float largest[HEAD_TILES][2], sums[HEAD_TILES][2];  // of heads 2t and 2t+1

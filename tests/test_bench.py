@@ -28,9 +28,9 @@ def test_figures(checkpoint: Path, device: str):
     for name in ("prefill", "decode", "first_token"):
         assert 0 < found[name]["min"] <= found[name]["median"] <= found[name]["max"]
     with fp4rt.load(checkpoint, device=device) as llm:
-        assert found["weight_bytes"] == llm.weight_bytes > llm.step_bytes
+        assert found["weight_bytes"] == llm.weight_bytes > llm.step_bytes()
         kv = llm.engine.cache.plan.page_bytes[0] / 64
-        assert found["step_bytes"] == round(llm.step_bytes + 3 * 25 * kv)
+        assert found["step_bytes"] == round(llm.step_bytes(3) + 3 * 25 * kv)
     if device == "reference":
         assert found["decode_share"] is None
     else:

@@ -52,6 +52,9 @@ class CudaOps:
         self.device = f"{self.gpu.name} ({self.gpu.arch})"
         self.deterministic = deterministic
         self._prepared: dict[ModuleType, set[str]] = {linear: set(), experts: set()}
+        for module in (embedding, batch, sample):  # what every model launches, some of it not before the first token
+            for stem, defines, _ in module.variants(self.gpu.capability):
+                self.gpu.prepare(stem, defines)
 
     # -- At load --------------------------------------------------------------------------------------------------
 

@@ -71,7 +71,10 @@ class Breakdown:
 
 
 def breakdown(llm: LLM, prompts: Sequence[Sequence[int]], tokens: int, repeats: int = 5) -> Breakdown:
-    """Decode after these prompts of ids, at most `tokens` steps (16 or more are worth timing)."""
+    """Decode after these prompts of ids, at most `tokens` steps (16 or more are worth timing).
+
+    Takes the step that the engine hands to `record`, so it comes before any other run of as many prompts.
+    """
     found: list[Breakdown] = []
 
     def record(step: Callable[[], Any]) -> None:

@@ -47,9 +47,11 @@ _REWRITTEN = {"config.json", "hf_quant_config.json", "model.safetensors.index.js
 def e4m3_codes(values: np.ndarray, least: float = 2.0**-9) -> np.ndarray:
     """Positive float32 to E4M3 bits (uint8), to nearest, ties to even, after clamping to [least > 0, 448]."""
     clamped = np.clip(values, np.float32(least), np.float32(E4M3_MAX))
-    exponent = np.maximum(np.frexp(clamped)[1] - 1, -6)  # of the binade; below 2^-6 the spacing stays
-    mantissa = np.rint(np.ldexp(clamped, 3 - exponent))  # 0..16, the implicit bit included
-    return ((exponent + 6) * 8 + mantissa).astype(np.uint8)
+    # Below 2^-6 the spacing stays 2^-9; from there on a code is the upper bits, rounded, with another exponent bias.
+    small = np.rint(np.minimum(clamped, np.float32(2.0**-6)) * np.float32(2.0**9)).astype(np.uint8)
+    bits = np.maximum(clamped, np.float32(2.0**-6)).view(np.uint32)
+    bits += (bits >> 20 & 1) + 0x7FFFF
+    return ((bits >> 20) - (127 - 7 << 3)).astype(np.uint8) - np.uint8(8) + small
 
 
 def e2m1_codes(values: np.ndarray) -> np.ndarray:
@@ -122,8 +124,8 @@ def quantize_weight(weight: Dense, kind: str, pool: ThreadPoolExecutor) -> Nvfp4
     if kind == "nvfp4" and k % BLOCK:
         raise Fp4rtError("request", f"{weight.name}: its {k} columns are not a multiple of NVFP4's block of {BLOCK}; "
                                     "ask for fp8")
-    largest = _amax(weight.data, weight.format, weight.name)
     pieces = [slice(i, min(i + max(1, PIECE // k), n)) for i in range(0, n, max(1, PIECE // k))]
+    largest = max(pool.map(lambda rows: _amax(weight.data[rows], weight.format, weight.name), pieces))
     if kind == "fp8":
         codes, scales = np.empty((n, k), np.uint8), np.empty((n, 1), np.float32)
 

@@ -50,16 +50,15 @@ def command(model: str, prompt_tokens: int, max_tokens: int, batch: int, repeat:
         if prompt_tokens + max_tokens > llm.max_model_len:
             raise Fp4rtError("request", f"--prompt-tokens and --max-tokens are {prompt_tokens + max_tokens} together; "
                              f"the context holds {llm.max_model_len}")
-        figures = measure(llm, prompt_tokens, max_tokens, batch, repeat, show=sys.stderr.isatty() and not quiet)
-        peak = peak_memory(llm)
         parts = None
-        if max_tokens > FEWEST_STEPS:
+        if max_tokens > FEWEST_STEPS:  # first, because it takes the step that the engine is about to record
             parts = breakdown(llm, prompts(llm, prompt_tokens, batch, repeat + 1), min(max_tokens - 1, 128), repeat)
+        figures = measure(llm, prompt_tokens, max_tokens, batch, repeat, show=sys.stderr.isatty() and not quiet)
         experts = parts.experts_read if parts else None
         step = llm.step_bytes(batch, experts) + batch * llm.engine.cache.plan.read_bytes(prompt_tokens + max_tokens / 2)
         found = {"model": model, "device": llm.ops.device, "prompt_tokens": prompt_tokens, "max_tokens": max_tokens,
                  "batch": batch, "repeat": repeat, "load_seconds": llm.load_seconds, **figures,
-                 "weight_bytes": llm.weight_bytes, "step_bytes": round(step), "peak_memory_bytes": peak,
+                 "weight_bytes": llm.weight_bytes, "step_bytes": round(step), "peak_memory_bytes": peak_memory(llm),
                  "breakdown": asdict(parts) if parts else None}
     bandwidth = read_bandwidth(device, arch)  # only now: what it reads must not count as the model's memory
     found |= {"read_bandwidth": bandwidth,

@@ -162,10 +162,10 @@ def _measure(llm: LLM, lengths: list[int], step: Callable[[], Any], tokens: int,
     left = tokens - watched
     whole = _time(ops, [step], repeats, most=left)
     timed = {}
-    for kind in sorted(kinds, key=lambda kind: kind[0] == "advance"):  # it moves the batch, so what needs it comes first
+    for kind in sorted(kinds, key=lambda kind: kind[0] == "advance"):  # it moves the batch on, away from its pages
         own = kinds[kind]
-        together = own * max(1, -(-_CALLS // len(own))) if ops.lookahead and kind[0] != "advance" else own
-        seconds = _time(ops, [call.again for call in together], repeats, most=None if kind[0] != "advance" else 1)
+        together = own * max(1, -(-_CALLS // len(own))) if ops.lookahead else own
+        seconds = _time(ops, [call.again for call in together], repeats)
         scale = len(own) / len(together)
         timed[kind] = Spread(seconds.median * scale, seconds.min * scale, seconds.max * scale)
     # Timed in the middle of the steps that were watched, as far as lengths matter at all.
@@ -176,8 +176,12 @@ def _measure(llm: LLM, lengths: list[int], step: Callable[[], Any], tokens: int,
         statistics.mean(experts_read.values()) if experts_read else None)
 
 
-def _time(ops: Ops, calls: Sequence[Callable[[], Any]], repeats: int, most: int | None) -> Spread:
+def _time(ops: Ops, calls: Sequence[Callable[[], Any]], repeats: int, most: int | None = None) -> Spread:
     """Seconds of all calls together, recorded where the backend can; run at most `most` times in all."""
+    def run() -> None:
+        for call in calls:
+            call()  # keeps nothing, so that no more memory is needed than in a step
+
     repeats = repeats if most is None else max(1, min(repeats, most - 1))
 
     def seconds(count: int) -> float:
@@ -188,7 +192,7 @@ def _time(ops: Ops, calls: Sequence[Callable[[], Any]], repeats: int, most: int 
         ops.synchronize()
         return (time.perf_counter() - started) / count
 
-    replay = type(ops).record(ops, lambda: [call() for call in calls])
+    replay = type(ops).record(ops, run)
     first = seconds(1)
     count = max(1, min(64, round(_LONG_ENOUGH / max(first, 1e-6))))
     if most is not None:

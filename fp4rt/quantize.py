@@ -1,4 +1,4 @@
-"""BF16, F16 and F32 weights to NVFP4: a checkpoint in ModelOpt's export layout, or (FP8 too) one weight as it is loaded.
+"""BF16, F16 and F32 weights to NVFP4: a checkpoint in ModelOpt's export layout, or (FP8 too) a weight being loaded.
 
 The two-level scales and the rounding are ModelOpt's (nvidia-modelopt 0.47), bit for bit, unless a scale search is
 asked for. Weights stream through in blocks of rows; what is held at once does not grow with the model.
@@ -116,7 +116,7 @@ def quantize_channels(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def quantize_weight(weight: Dense, kind: str, pool: ThreadPoolExecutor) -> Nvfp4 | Fp8:
-    """A weight as "nvfp4" (a global scale of its own) or "fp8" (a scale per channel), in pieces over the pool's threads.
+    """A weight as "nvfp4" (a global scale of its own) or "fp8" (a scale per channel), in pieces on the pool's threads.
 
     Raises Fp4rtError("checkpoint") for NaN or infinity, Fp4rtError("request") where NVFP4's blocks do not divide it.
     """
@@ -124,7 +124,9 @@ def quantize_weight(weight: Dense, kind: str, pool: ThreadPoolExecutor) -> Nvfp4
     if kind == "nvfp4" and k % BLOCK:
         raise Fp4rtError("request", f"{weight.name}: its {k} columns are not a multiple of NVFP4's block of {BLOCK}; "
                                     "ask for fp8")
-    pieces = [slice(i, min(i + max(1, PIECE // k), n)) for i in range(0, n, max(1, PIECE // k))]
+    # The more threads take turns at Python's lock, the larger their pieces.
+    step = max(1, PIECE * max(1, _threads() // 4) // k)
+    pieces = [slice(i, min(i + step, n)) for i in range(0, n, step)]
     largest = max(pool.map(lambda rows: _amax(weight.data[rows], weight.format, weight.name), pieces))
     if kind == "fp8":
         codes, scales = np.empty((n, k), np.uint8), np.empty((n, 1), np.float32)

@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-
 from fp4rt.errors import Fp4rtError
 from fp4rt.ops import Ops
+from fp4rt.ops.driver import driver_answers
 
 DEVICES = ("auto", "cuda", "cpu", "reference")
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a")
-
-
-def driver_answers() -> bool:
-    """Whether an NVIDIA driver is installed and sees a GPU; asks the driver itself, without CuPy."""
-    for name in ("libcuda.so.1", "nvcuda.dll"):
-        try:
-            driver = ctypes.CDLL(name)
-        except OSError:
-            continue
-        count = ctypes.c_int(0)
-        return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
-    return False
 
 
 def check_options(device: str, arch: str | None, gpu_memory: int | None) -> None:

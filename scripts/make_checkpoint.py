@@ -100,7 +100,8 @@ def _decoder(config: dict, to: Layout) -> None:
     q, kv = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
     small, oss = (2 * layers) ** -0.5, config["model_type"] == "gpt_oss"
     linear: Callable = (lambda *args: to.dense(*args, bias=True)) if oss else to.linear
-    to.dense("model.embed_tokens", config["vocab_size"], hidden, hidden**0.5)
+    # As a head too, larger rows would find the token itself most likely.
+    to.dense("model.embed_tokens", config["vocab_size"], hidden, 2.0 if config["tie_word_embeddings"] else hidden**0.5)
     for i in range(layers):
         at = f"model.layers.{i}"
         to.norm(f"{at}.input_layernorm", hidden)
@@ -138,15 +139,15 @@ def _gemma4(whole: dict, to: Layout) -> None:
     """Sublayers are normed before they are added, so their gains do not matter; the residual stream is damped instead."""
     config, body = whole["text_config"], "model.language_model"
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    # A token's own embedding has to fade: the head is the same matrix, and would find the token itself most likely.
-    to.dense(f"{body}.embed_tokens", config["vocab_size"], hidden, 0.25)
+    # A token's own embedding has to fade, as the head is the same matrix.
+    to.dense(f"{body}.embed_tokens", config["vocab_size"], hidden, 0.05)
     for i, kind in enumerate(config["layer_types"]):
         at, full = f"{body}.layers.{i}", kind == "full_attention"
         dim = config["global_head_dim" if full else "head_dim"]
         kv = config["num_global_key_value_heads" if full else "num_key_value_heads"] * dim
-        for name in ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
-                     "post_feedforward_layernorm"):
+        for name in ("input_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"):
             to.norm(f"{at}.{name}", hidden)
+        to.norm(f"{at}.post_attention_layernorm", hidden, 0.3)  # a mean over the context, much the same for each token
         to.vector(f"{at}.layer_scalar", np.array([0.9]))
         for name, rows in (("q", heads * dim), ("k", kv), *([] if full else [("v", kv)])):
             to.linear(f"{at}.self_attn.{name}_proj", rows, hidden)
@@ -162,7 +163,7 @@ def _gemma4(whole: dict, to: Layout) -> None:
             to.linear(f"{at}.router.proj", config["num_experts"], hidden, 2.0)
             for e in range(config["num_experts"]):
                 _gated_mlp(to, f"{at}.experts.{e}", hidden, config["moe_intermediate_size"])
-    to.norm(f"{body}.norm", hidden, 8.0)
+    to.norm(f"{body}.norm", hidden, 40.0)
 
 
 def _nemotron_h(config: dict, to: Layout) -> None:

@@ -122,7 +122,7 @@ def row(directory: Path, shape: str, layers: int | None, repeat: int, bandwidth:
             layers_choices = expert_choices(llm, ids)
             again = f"{np.mean([repeated(one) for one in layers_choices]):.3f}" if layers_choices else "-"
             print(f"{shape}: own allocations {held / 1e9:.3f} GB after loading, {llm.ops.gpu.budget.peak / 1e9:.3f} at "
-                  f"most; {len(set(ids))} different tokens of {len(ids)}", file=sys.stderr)
+                  f"most; workspace {llm.workspace_bytes / 1e6:.1f} MB, planned {plan.workspace / 1e6:.1f}; {len(set(ids))} different tokens of {len(ids)}", file=sys.stderr)
         cells = [shape, f"{made:.1f} s", f"{load_seconds:.1f} s", *cells, f"{peak / 1e9:.3f} GB",
                  f"{planned / 1e9:.3f} GB ({peak / planned - 1:+.1%})", again]
         if shape in SMALL_CARDS:

@@ -86,6 +86,8 @@ class Cache:
     def __init__(self, plan: Plan, pages: Sequence[int], slots: int):
         self.plan = plan
         self.layers: list[Any] = []
+        self.num_pages, self.nbytes = list(pages), plan.nbytes(pages, slots)
+        plan.ops.expect(self.nbytes)
         for shape in plan.memory:
             if isinstance(shape, MambaShape):
                 self.layers.append(plan.ops.mamba_state(shape, slots + 1))
@@ -95,7 +97,6 @@ class Cache:
                 group = plan.group(shape)
                 self.layers.append(plan.ops.kv_pages(shape, pages[group] + 1, group))
         self.rewindable = plan.slot_bytes == 0  # a recurrent state cannot go back to an earlier token
-        self.num_pages, self.nbytes = list(pages), plan.nbytes(pages, slots)
         self._free = [list(range(n, 0, -1)) for n in pages]
         self._free_slots = list(range(slots, 0, -1))
 

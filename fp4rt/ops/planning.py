@@ -173,6 +173,9 @@ class PlanningOps:
         rows = Buffer(self, len(batch.rows), h.columns, 4 + self._normed_bytes)  # noqa: F841
         return Buffer(self, len(batch.rows), head.out_features, 4)
 
+    def expect(self, nbytes: int) -> None:
+        pass
+
     def reserve(self, step: Callable[[], object]) -> int:
         """The bytes that `step` holds at its widest moment."""
         before = self.peak = self.held

@@ -9,26 +9,11 @@ from importlib import import_module
 
 from fp4rt.errors import Fp4rtError
 from fp4rt.ops import Ops
+from fp4rt.ops.driver import driver_answers, driver_library
 
 DEVICES = ("auto", "cuda", "cpu", "reference")
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a")
-
-
 _NOT_INITIALIZED = 3  # CUDA_ERROR_NOT_INITIALIZED
-
-
-def _driver() -> ctypes.CDLL | None:
-    for name in ("libcuda.so.1", "nvcuda.dll"):
-        with suppress(OSError):
-            return ctypes.CDLL(name)
-    return None
-
-
-def driver_answers() -> bool:
-    """Whether an NVIDIA driver is installed and sees a GPU; asks the driver itself, without CuPy."""
-    driver, count = _driver(), ctypes.c_int(0)
-    return (driver is not None and driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
-            and count.value > 0)
 
 
 def _import_cuda() -> None:
@@ -36,7 +21,7 @@ def _import_cuda() -> None:
 
     Where this process has used CUDA already, which device is current is its own affair, and nothing is started.
     """
-    driver, context = _driver(), ctypes.c_void_p()
+    driver, context = driver_library(), ctypes.c_void_p()
     if driver is None or driver.cuCtxGetCurrent(ctypes.byref(context)) != _NOT_INITIALIZED:
         return
 

@@ -209,6 +209,9 @@ class CudaOps:
     def free_memory(self) -> int:
         return self.gpu.budget.free()
 
+    def expect(self, nbytes: int) -> None:
+        self.gpu.memory.reserve(nbytes)
+
     def reserve(self, step: Callable[[], object]) -> int:
         self.gpu.reserve(0)
         nbytes = self.gpu.rehearse(step)

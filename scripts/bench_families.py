@@ -114,7 +114,7 @@ def row(directory: Path, shape: str, layers: int | None, repeat: int, bandwidth:
             print("\n".join(llm.report), file=sys.stderr)
             load_seconds, held = llm.load_seconds, llm.ops.gpu.budget.used
             alone, together = (measure(llm, sequences, CONTEXT, NEW_TOKENS, repeat)[1] for sequences in (1, 8))
-            step = llm.step_bytes + llm.engine.cache.plan.read_bytes(CONTEXT + NEW_TOKENS / 2)
+            step = llm.step_bytes() + llm.engine.cache.plan.read_bytes(CONTEXT + NEW_TOKENS / 2)
             cells = [f"{alone:.1f} tokens/s, {alone * step / bandwidth:.3f} of bandwidth", f"{together:.1f} tokens/s",
                      f"{measure(llm, 1, PREFILL, 1, repeat)[0]:.0f} tokens/s"]
             peak = memory.peak(llm)

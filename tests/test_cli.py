@@ -15,10 +15,10 @@ import pytest
 from click.testing import CliRunner
 
 import fp4rt
+from fp4rt import driver
 from fp4rt.cli import doctor, main
 from fp4rt.cli.doctor import Finding
 from fp4rt.llm import LLM
-from fp4rt.ops import driver
 
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "llama-modelopt-nvfp4"
 REFERENCE = json.loads((CHECKPOINT / "reference" / "reference.json").read_text())

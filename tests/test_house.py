@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "fp4rt"
 FLOORS = [
     {"cli", "__init__", "__main__"}, {"llm", "quantize", "inspect", "perplexity", "bandwidth", "breakdown"}, {"source", "text", "engine"},
     {"models"}, {"layers"}, {"loading", "rope"}, {"batch", "cache", "ops", "sampling"}, {"formats"},
-    {"checkpoint", "config", "writing"}, {"errors"},
+    {"checkpoint", "config", "writing"}, {"errors", "driver"},
 ]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))

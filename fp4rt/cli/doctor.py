@@ -15,8 +15,8 @@ from pathlib import Path
 import click
 
 from fp4rt import __version__
+from fp4rt.driver import cuda_extra, cuda_version, driver_library, system_library
 from fp4rt.errors import Fp4rtError
-from fp4rt.ops.driver import cuda_extra, cuda_version, driver_library, system_library
 
 OLDEST_GPU = (7, 5)  # Turing: the first with the fp16 tensor core shapes that the kernels are made of
 

@@ -10,11 +10,11 @@ import numpy as np
 
 from fp4rt.batch import Batch
 from fp4rt.checkpoint import STORAGE, Checkpoint, Tensor
+from fp4rt.driver import driver_answers
 from fp4rt.errors import Fp4rtError
 from fp4rt.formats import Weight
 from fp4rt.ops import AttentionShape, MambaShape, Routing
 from fp4rt.ops.reference import ReferenceLinear
-from fp4rt.ops.driver import driver_answers
 from fp4rt.ops.select import check_options, make_ops
 
 # The number one in every dtype that a weight, a scale or a vector may have; codes and indices may be anything.

@@ -7,9 +7,9 @@ import threading
 from contextlib import suppress
 from importlib import import_module
 
+from fp4rt.driver import driver_answers, driver_library
 from fp4rt.errors import Fp4rtError
 from fp4rt.ops import Ops
-from fp4rt.ops.driver import driver_answers, driver_library
 
 DEVICES = ("auto", "cuda", "cpu", "reference")
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a")

@@ -1,7 +1,7 @@
 """The CUDA backend: CuPy for memory and streams, own kernels compiled through NVRTC."""
 
+from fp4rt.driver import cuda_extra
 from fp4rt.errors import Fp4rtError
-from fp4rt.ops.driver import cuda_extra
 
 try:
     from fp4rt.ops.cuda.backend import CudaOps

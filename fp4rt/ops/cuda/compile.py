@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from importlib import resources as package_resources
 from pathlib import Path
 
+from fp4rt.driver import cuda_extra
 from fp4rt.errors import Fp4rtError
-from fp4rt.ops.driver import cuda_extra
 
 _MAGIC = b"fp4rt kernel 1\n"
 

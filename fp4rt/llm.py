@@ -90,7 +90,7 @@ def parse_size(size: int | str | None) -> int | None:
 
 def load(model: str | Path, *, device: str = "auto", arch: str | None = None, max_model_len: int | None = None,
          gpu_memory: int | str | None = None, deterministic: bool = False, scale_layout: str = "auto",
-         revision: str | None = None,
+         revision: str | None = None, lm_head: str | None = None, requantize: str | None = None,
          progress: Callable[[Iterable[int]], Iterable[int]] = lambda items: items) -> LLM:
     """Load a checkpoint: a directory, a Hugging Face repository id, or "demo".
 
@@ -99,12 +99,19 @@ def load(model: str | Path, *, device: str = "auto", arch: str | None = None, ma
     max_model_len: tokens of context to make room for; by default min(the model's, 8192, what free memory allows).
     gpu_memory: bytes (or "14.5GiB") that weights, cache and workspace may take together.
     deterministic: bit-equal tokens under any batching, at a cost. scale_layout: "auto", "linear" or "swizzled".
+    lm_head: "nvfp4" or "fp8": quantize an unquantized head as it is loaded. requantize: "bf16-layers=nvfp4" or
+    "bf16-layers=fp8": so for the other unquantized linears, but routers. Both trade quality for speed.
     progress: wraps the iteration over layers. Raises Fp4rtError.
     """
     started = time.perf_counter()
     if scale_layout not in ("auto", "linear", "swizzled"):
         raise Fp4rtError("request", f"scale_layout is {scale_layout!r}; it must be auto, linear or swizzled")
     budget = parse_size(gpu_memory)
+    requantizer = None
+    if lm_head is not None or requantize is not None:
+        from fp4rt.quantize import make_requantizer
+
+        requantizer = make_requantizer(lm_head, requantize)
     checkpoint = Checkpoint(resolve(str(model), revision=revision), scale_layout=scale_layout)
     _, sizes = read_config(checkpoint)
     longest = sizes.max_position_embeddings
@@ -112,8 +119,10 @@ def load(model: str | Path, *, device: str = "auto", arch: str | None = None, ma
     room = max_model_len or min(longest, DEFAULT_CONTEXT)
     ops = make_ops(device, arch, budget, deterministic)
     try:
-        loader = Loader(ops)
+        loader = Loader(ops, requantizer) if requantizer else Loader(ops)
         decoder = load_model(checkpoint, loader, room, progress)
+        if requantizer:
+            requantizer.finish()
         engine, context, workspace = _make_engine(ops, decoder, room, must=max_model_len is not None)
         return LLM(checkpoint, ops, loader, engine, context, workspace, time.perf_counter() - started)
     except BaseException:
@@ -177,7 +186,7 @@ class LLM:
         self.checkpoint, self.ops, self.engine = checkpoint, ops, engine
         self.max_model_len = context
         self.load_seconds, self.workspace_bytes = load_seconds, workspace
-        self.step_bytes = loader.step_bytes
+        self.step_bytes, self.linears = loader.step_bytes, loader.linears
         self.weight_bytes = loader.weight_bytes
         self.timing = Timing()
         path = checkpoint.path / "generation_config.json"

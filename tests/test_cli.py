@@ -18,6 +18,7 @@ import fp4rt
 from fp4rt.cli import doctor, main
 from fp4rt.cli.doctor import Finding
 from fp4rt.llm import LLM
+from fp4rt.ops import driver
 
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "llama-modelopt-nvfp4"
 REFERENCE = json.loads((CHECKPOINT / "reference" / "reference.json").read_text())
@@ -383,10 +384,12 @@ class FakeDriver:
 
 
 def findings_with(monkeypatch, library, wheels=None):
-    monkeypatch.setattr(doctor, "_driver", lambda: library)
+    monkeypatch.setattr(doctor, "driver_library", lambda: library)
+    monkeypatch.setattr(driver, "driver_library", lambda: library)
     monkeypatch.setattr(doctor, "_start", lambda name, device, remedy: Finding(name, "ok", device))
     if wheels is not None:
         monkeypatch.setattr(doctor, "_version", lambda name: wheels.get(name, "missing"))
+        monkeypatch.setattr(driver, "_installed", lambda name: name in wheels)
     return {one.name: one for one in doctor.examine()}
 
 
@@ -414,6 +417,15 @@ def test_doctor_explains_a_driver_without_a_usable_cupy(monkeypatch, cuda, wheel
     assert found["cuda backend"].found == "see cupy"
 
 
+@pytest.mark.parametrize("cuda, wheels, extra", [
+    (13000, ["cupy-cuda12x"], "cuda12"), (13000, [], "cuda13"), (12080, ["cupy-cuda13x"], "cuda12"), (0, [], "cuda12"),
+    (0, ["cupy-cuda13x"], "cuda13"), (13000, ["cupy-cuda12x", "cupy-cuda13x"], "cuda13")])
+def test_the_extra_to_install_is_that_of_the_cupy_that_is_there(monkeypatch, cuda, wheels, extra):
+    monkeypatch.setattr(driver, "driver_library", lambda: FakeDriver(cuda=cuda) if cuda else None)
+    monkeypatch.setattr(driver, "_installed", lambda name: name in wheels)
+    assert driver.cuda_extra() == f"'fp4rt[{extra}]'"
+
+
 def test_doctor_names_a_gpu_that_is_too_old(monkeypatch):
     found = findings_with(monkeypatch, FakeDriver(capability=(6, 1)), {})
     assert found["gpu"].status == "problem" and "7.5" in found["gpu"].cause
@@ -424,6 +436,6 @@ def test_doctor_never_raises(monkeypatch):
         def __getattr__(self, name):
             raise OSError(f"no {name}")
 
-    monkeypatch.setattr(doctor, "_driver", Broken)
+    monkeypatch.setattr(doctor, "driver_library", Broken)
     result = run("doctor")
     assert isinstance(result.exception, (SystemExit, type(None))) and "could not be examined" in result.stdout

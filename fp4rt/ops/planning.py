@@ -14,7 +14,8 @@ from fp4rt.errors import Fp4rtError
 from fp4rt.formats import Weight
 from fp4rt.ops import AttentionShape, MambaShape, Routing
 from fp4rt.ops.reference import ReferenceLinear
-from fp4rt.ops.select import check_options, driver_answers, make_ops
+from fp4rt.ops.driver import driver_answers
+from fp4rt.ops.select import check_options, make_ops
 
 # The number one in every dtype that a weight, a scale or a vector may have; codes and indices may be anything.
 _ONE = {"BF16": 0x3F80, "F8_E4M3": 0x38, "F8_E5M2": 0x3C, "F8_E8M0": 127}

@@ -22,7 +22,8 @@ __device__ __forceinline__ void load(Numbers& out, const T* row, float missing, 
             }
         } else {
 #pragma unroll
-            for (int i = 0; i < 4; i++) out[j][i] = at + i >= d ? 0.0f : row ? static_cast<float>(row[at + i]) : missing;
+            for (int i = 0; i < 4; i++)
+                out[j][i] = at + i >= d ? 0.0f : row ? static_cast<float>(row[at + i]) : missing;
         }
     }
 }

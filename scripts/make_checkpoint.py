@@ -43,7 +43,7 @@ NVFP4_GROUP = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 1
 
 
 class Layout:
-    """A checkpoint's tensors: `specs`, and the `content` of each: an array, or (kind, scale) of the pool to fill from."""
+    """A checkpoint's tensors: `specs`, and the `content` of each: an array, or (kind, scale) of a pool to fill from."""
 
     def __init__(self, quantization: dict, seed: int):
         self.specs: dict[str, Spec] = {}

@@ -214,7 +214,10 @@ class Ready:
 
 
 class ReferenceOps:
-    """Ops in numpy, float32 throughout."""
+    """Ops in numpy, float32 throughout.
+
+    deterministic: each row is multiplied by itself, since BLAS sums in an order that depends on how many there are.
+    """
 
     name = "reference"
     device = "numpy reference"
@@ -223,7 +226,7 @@ class ReferenceOps:
     lookahead = 0
 
     def __init__(self, deterministic: bool = False):
-        self.deterministic = deterministic  # always is
+        self.deterministic = deterministic
 
     def linear_weight(self, parts: Sequence[Weight], *, gated: bool = False) -> ReferenceLinear:
         return ReferenceLinear(tuple(parts), gated)
@@ -282,12 +285,21 @@ class ReferenceOps:
         columns = []
         for part in weight.parts:
             scaled = x if part.pre_quant_scale is None else x * part.pre_quant_scale
-            y = scaled @ part.dequantize().T
+            y = self._multiply(scaled, part.dequantize())
             columns.append(y if part.bias is None else y + part.bias)
         y = np.concatenate(columns, axis=1)
         if activation is not None:
             y = activate(y, activation)
         return y if residual is None else residual + y
+
+    def _multiply(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        """x [T, K] @ weight [N, K]^T."""
+        if not self.deterministic:
+            return x @ weight.T
+        y = np.empty((len(x), len(weight)), np.float32)
+        for token, row in enumerate(x):
+            y[token] = weight @ row
+        return y
 
     def attention(self, qkv, batch, pages, shape, *, rope, q_norm=None, k_norm=None, v_norm=None, sinks=None):
         heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
@@ -313,7 +325,11 @@ class ReferenceOps:
                 page, slot = table[s, where // PAGE_TOKENS], where % PAGE_TOKENS
                 pages.keys[page, :, slot], pages.values[page, :, slot] = k[rows], v[rows]
             keys, values = pages.read(table[s], length)
-            out[rows] = attend(q[rows], keys, values, int(where[0]), shape, sinks)
+            first = int(where[0])
+            step = 1 if self.deterministic else len(where)
+            for t in range(0, len(where), step):
+                some, seen = slice(rows.start + t, rows.start + t + step), first + t + step
+                out[some] = attend(q[some], keys[:seen], values[:seen], first + t, shape, sinks)
         return out
 
     def logits(self, h, batch, norm, head, *, softcap=None):

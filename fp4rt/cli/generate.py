@@ -1,4 +1,4 @@
-"""`fp4rt generate MODEL [PROMPT]`: continue a text, or answer it with --chat."""
+"""`fp4rt generate MODEL [PROMPT]`: continue a text, or answer it with --chat; one of them, or a file of them."""
 
 from __future__ import annotations
 
@@ -18,22 +18,38 @@ MAX_INPUT_BYTES = 64 << 20  # more text than any context holds
 @click.argument("model")
 @click.argument("prompt", required=False)
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
+@click.option("--input-file", metavar="X.JSONL", help="Answer every line of this file (- is stdin), many at a time.")
+@click.option("--output-file", metavar="Y.JSONL", help="Where the answers go, line for line (- is stdout).")
 @options(CHAT_OPTIONS, SAMPLING_OPTIONS, MODEL_OPTIONS)
-def command(model: str, prompt: str | None, chat: bool, system: str | None, think: bool | None,
-            arguments: dict[str, Any], quiet: bool, **given: Any) -> None:
+def command(model: str, prompt: str | None, chat: bool, input_file: str | None, output_file: str | None,
+            system: str | None, think: bool | None, arguments: dict[str, Any], quiet: bool, **given: Any) -> None:
     """Continue PROMPT and write the text to stdout.
 
     PROMPT is read from stdin where it is - or absent; one line break at its end is not part of it. With --chat it is
     answered; what the model thinks before goes to stderr. --system, --think and --template-arg belong to --chat.
     Sampling options that are not given are as the model's generation_config.json says.
+
+    A line of --input-file is a JSON object: {"prompt": TEXT or [IDS]} or {"messages": [...]}, and what else differs
+    from the options given here, such as "max_tokens", "temperature", "seed" or "think". Its line of --output-file has
+    "text", "reasoning", "finish_reason", "prompt_tokens" and "generated_tokens", or "error"; an "id" is repeated.
     """
+    if (input_file is None) != (output_file is None):
+        raise click.UsageError("--input-file and --output-file belong together")
+    if input_file is not None and prompt is not None:
+        raise click.UsageError("a PROMPT and --input-file: give one of them")
     for name, is_given in (("--system", system is not None), ("--think", think is not None),
                            ("--template-arg", bool(arguments))):
-        if is_given and not chat:
+        if is_given and not chat and (input_file is None or name == "--system"):
             raise click.UsageError(f"{name} needs --chat")
-    if prompt is None and (sys.stdin is None or sys.stdin.isatty()):
+    if prompt is None and input_file is None and (sys.stdin is None or sys.stdin.isatty()):
         raise click.UsageError("Missing argument 'PROMPT' (or give it on stdin).")
     sampling = take_sampling(given)
+    if input_file is not None:
+        from fp4rt.cli._batch import Defaults, run
+
+        run(lambda: load(model, quiet=quiet, **given), input_file, output_file,
+            Defaults(sampling, chat, system, think, arguments), show=sys.stderr.isatty() and not quiet)
+        return
     text = read_input() if prompt in (None, "-") else prompt
     with load(model, quiet=quiet, **given) as llm:
         messages = [*([{"role": "system", "content": system}] if system is not None else []),

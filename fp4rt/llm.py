@@ -72,7 +72,7 @@ def load(model: str | Path, *, device: str = "auto", arch: str | None = None, ma
          gpu_memory: int | str | None = None, deterministic: bool = False, scale_layout: str = "auto",
          revision: str | None = None, lm_head: str | None = None, requantize: str | None = None,
          kv_tokens: int | str | None = None, max_num_seqs: int | None = None,
-         max_num_batched_tokens: int | None = None, prefix_caching: bool = True,
+         max_num_batched_tokens: int | None = None, prefix_caching: bool = True, speculate: int = 0,
          progress: Callable[[Iterable[int]], Iterable[int]] = lambda items: items) -> LLM:
     """Load a checkpoint: a directory, a Hugging Face repository id, or "demo".
 
@@ -86,7 +86,8 @@ def load(model: str | Path, *, device: str = "auto", arch: str | None = None, ma
     kv_tokens: tokens that all sequences together may remember; by default max_model_len, "all": as many as memory
     allows. max_num_seqs: sequences that may run in one step. max_num_batched_tokens: tokens of one step; a prompt that
     is longer takes several. prefix_caching: keep what was remembered while there is room, for prompts that begin alike.
-    progress: wraps the iteration over layers. Raises Fp4rtError.
+    speculate: how many tokens to guess at once from what the text said before, checked in one step: faster where it
+    repeats itself, not for models with recurrent layers. progress: wraps the iteration over layers. Raises Fp4rtError.
     """
     started = time.perf_counter()
     if scale_layout not in ("auto", "linear", "swizzled"):
@@ -103,6 +104,7 @@ def load(model: str | Path, *, device: str = "auto", arch: str | None = None, ma
     check_context(max_model_len, longest)
     check_count("max_num_seqs", max_num_seqs, 1024)
     check_count("max_num_batched_tokens", max_num_batched_tokens, 1 << 16)
+    check_count("speculate", speculate or None, 32)
     room = max_model_len or min(longest, DEFAULT_CONTEXT)
     ops = make_ops(device, arch, budget, deterministic)
     try:
@@ -112,7 +114,7 @@ def load(model: str | Path, *, device: str = "auto", arch: str | None = None, ma
             requantizer.finish()
         engine, context, workspace = make_engine(
             ops, decoder, room, must=max_model_len is not None, kv_tokens=kv_tokens, max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens, prefix_caching=prefix_caching)
+            max_num_batched_tokens=max_num_batched_tokens, prefix_caching=prefix_caching, speculate=speculate)
         return LLM(checkpoint, ops, loader, engine, context, workspace, time.perf_counter() - started)
     except BaseException:
         ops.close()

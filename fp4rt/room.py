@@ -76,7 +76,7 @@ def cache_pages(plan: Plan, tokens: int, step_tokens: int, everyone: bool = Fals
 
 def make_engine(ops: Ops, decoder: Any, room: int, *, must: bool, kv_tokens: int | str | None = None,
                 max_num_seqs: int | None = None, max_num_batched_tokens: int | None = None,
-                prefix_caching: bool = True) -> tuple[Engine, int, int]:
+                prefix_caching: bool = True, speculate: int = 0) -> tuple[Engine, int, int]:
     """An engine, its context and its workspace in bytes: room for `room` tokens, or for what fits unless they `must`.
 
     kv_tokens: how many tokens all sequences together may remember; None is `room`, "all" what memory allows.
@@ -110,4 +110,7 @@ def make_engine(ops: Ops, decoder: Any, room: int, *, must: bool, kv_tokens: int
                              f"{free / 1e6:.0f} MB are free beside weights and workspace; lower kv_tokens")
         tokens = kv_tokens
     cache = Cache(plan, cache_pages(plan, tokens, step_tokens, kv_tokens is not None), plan.sequences, prefix_caching)
-    return Engine(ops, decoder, cache, plan.sequences, step_tokens), fits, workspace
+    if speculate and not cache.rewindable:
+        raise Fp4rtError("request", "speculate: this model remembers a recurrent state, from which a token that was "
+                         "guessed wrong cannot be taken back; leave it out", param="speculate")
+    return Engine(ops, decoder, cache, plan.sequences, step_tokens, speculate), fits, workspace

@@ -21,8 +21,9 @@ def run(tmp_path: Path, lines: list, *arguments: str, source: str | None = None)
     given.write_bytes(b"\n".join(
         line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode()
         for line in lines) + b"\n")
-    result = CliRunner().invoke(main, ["generate", str(CHECKPOINT), "--input-file", source or str(given), "--output-file",
-                                       str(answers), "-q", *OPTIONS, *arguments], input=given.read_bytes())
+    files = "--input-file", source or str(given), "--output-file", str(answers)
+    result = CliRunner().invoke(main, ["generate", str(CHECKPOINT), *files, "-q", *OPTIONS, *arguments],
+                                input=given.read_bytes())
     return result, [json.loads(line) for line in answers.read_bytes().splitlines()] if answers.exists() else []
 
 
@@ -57,12 +58,12 @@ def test_more_lines_than_are_under_way_at_once(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_bad_line_says_why_and_stops_no_other(tmp_path: Path):
-    bad = [("{", "line 1: is not JSON"), ("7", "line 2: is 7; it must be an object"), (b"\"\xff\"", "line 3: is not UTF-8"),
-           ({"text": "x"}, "unknown key 'text'"), ({}, "either a prompt or messages"),
+    bad = [("{", "line 1: is not JSON"), ("7", "line 2: is 7; it must be an object"),
+           (b"\"\xff\"", "line 3: is not UTF-8"), ({"text": "x"}, "unknown key 'text'"), ({}, "either a prompt or messages"),
            ({"prompt": "x", "messages": []}, "either a prompt or messages"), ({"prompt": 7}, "prompt is 7"),
            ({"prompt": [10**9]}, "1000000000"), ({"prompt": []}, "no tokens"), ({"prompt": [1] * 256}, "256 tokens"),
            ({"prompt": "x", "top_p": 7, "id": "p"}, "top_p is 7"), ({"prompt": "x", "seed": "a"}, "seed is 'a'"),
-           ({"messages": "x"}, "messages must be a list"), ({"messages": [{"role": "user", "content": 5}]}, "messages[0]"),
+           ({"messages": "x"}, "messages must be a list"), ({"messages": [{"role": "user", "content": 5}]}, "[0]"),
            ({"prompt": "x", "think": True}, "belong to a chat"), ("[" * 100000, "is not JSON"),
            ("1" * 5000, "is not JSON"), ({"prompt": "\ud800"}, "not valid Unicode")]
     result, answers = run(tmp_path, [*(line for line, _ in bad), {"prompt": [1]}])

@@ -44,7 +44,8 @@ def logits(llm: fp4rt.LLM, prompts: list[list[int]], rng: np.random.Generator | 
         if not step:
             continue
         tokens = sum(count for _, count in step)
-        part = llm.ops.fetch(llm.engine.model(llm.ops.batch(make_batch(step, list(range(tokens)))), cache.layers)).result()
+        batch = llm.ops.batch(make_batch(step, list(range(tokens))))
+        part = llm.ops.fetch(llm.engine.model(batch, cache.layers)).result()
         for sequence, count in step:
             found[sequences.index(sequence)][sequence.remembered:sequence.remembered + count] = part[:count]
             part = part[count:]
@@ -75,5 +76,6 @@ def test_drawn_tokens_are_the_same_alone_in_company_and_after_preemption(name: s
     prompts = [rng.integers(3, 300, n).tolist() for n in (70, 1, 100, 64, 65, 120)]
     options = dict(temperature=1.5, top_p=0.95, max_tokens=60, ignore_eos=True)
     with load(name, backend, 512) as llm:  # 8 pages: the six of them together take 14
-        alone = [llm.generate(prompt, fp4rt.Sampling(seed=40 + i, **options))[0].ids for i, prompt in enumerate(prompts)]
+        alone = [llm.generate(prompt, fp4rt.Sampling(seed=40 + i, **options))[0].ids
+                 for i, prompt in enumerate(prompts)]
         assert [output.ids for output in llm.generate(prompts, fp4rt.Sampling(seed=40, **options))] == alone

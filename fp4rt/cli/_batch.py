@@ -38,7 +38,7 @@ class Defaults:
 
 
 def run(load: Callable[[], LLM], source: str, target: str, defaults: Defaults, show: bool) -> None:
-    """Answer every line of `source` ("-": stdin) into `target` ("-": stdout), in their order, with the LLM that `load` gives.
+    """Answer every line of `source` ("-": stdin) into `target` ("-": stdout), in order, with the LLM from `load`.
 
     A line: {"prompt": text or ids} or {"messages": [...]}, with any of `KEYS`. Its answer: {"text", "reasoning",
     "finish_reason", "prompt_tokens", "generated_tokens"}, or {"error"}; an "id" is repeated. Lines that went wrong

@@ -53,6 +53,8 @@ QUALITY_OPTIONS = [  # never on by themselves: they trade quality for speed
                                                                     "routers, to nvfp4 or fp8 while loading."),
 ]
 MODEL_OPTIONS = [*LOAD_OPTIONS, *QUALITY_OPTIONS,
+                 click.option("--speculate", type=click.IntRange(0, 32), default=0, metavar="N",
+                              help="Guess N tokens at once where the text repeats itself; the answer stays the same."),
                  click.option("--quiet", "-q", is_flag=True, help="Nothing but the text, and errors.")]
 SAMPLING_OPTIONS = [
     click.option("--max-tokens", type=int, metavar="N", help="Stop after this many tokens.  [default: what fits]"),

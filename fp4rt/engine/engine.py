@@ -11,14 +11,13 @@ import numpy as np
 
 from fp4rt.batch import PAGE_TOKENS, Batch
 from fp4rt.cache import Cache
-from fp4rt.engine.scheduler import Scheduler, Step
+from fp4rt.engine.scheduler import LOGITS_ROWS, Scheduler, Step
 from fp4rt.engine.sequence import Sequence, TokenLogprobs
 from fp4rt.errors import Fp4rtError
 from fp4rt.layers import Decoder
 from fp4rt.ops import Ops, SamplerRow
 
 LEASE = 256       # decode steps that run on pages and settings put on the device once
-LOGITS_ROWS = 64  # rows of a prompt whose logits are computed in one step
 
 Event = tuple[Sequence, int]
 
@@ -33,7 +32,7 @@ def make_batch(step: list[tuple[Sequence, int]], rows: list[int], size: int | No
     starts = [0]
     for s, (sequence, count) in enumerate(step):
         first = sequence.remembered
-        tokens += sequence.ids[first:first + count]
+        tokens += (sequence.ids[first:] + sequence.drafts)[:count]
         positions += range(first, first + count)
         lengths.append(first + count)
         starts.append(starts[-1] + count)
@@ -79,9 +78,10 @@ class Decode:
 class Engine:
     """Runs sequences through a model. One thread drives it; any may submit sequences, and end them, at any moment."""
 
-    def __init__(self, ops: Ops, model: Decoder, cache: Cache, max_sequences: int, step_tokens: int | None = None):
+    def __init__(self, ops: Ops, model: Decoder, cache: Cache, max_sequences: int, step_tokens: int | None = None,
+                 speculate: int = 0):
         self.ops, self.model, self.cache = ops, model, cache
-        self.scheduler = Scheduler(cache, max_sequences, step_tokens or ops.step_tokens)
+        self.scheduler = Scheduler(cache, max_sequences, step_tokens or ops.step_tokens, speculate)
         self._arrivals: deque[Sequence] = deque()
         self._scores: deque[Iterator[None]] = deque()  # begun or to be begun, a chunk of the first between two steps
         self._decodes: dict[tuple[int, int, bool], Decode] = {}
@@ -126,7 +126,7 @@ class Engine:
             if not step:
                 if not self.busy:
                     return
-            elif all(sequence.decoding and not sequence.stepwise for sequence, _ in step):
+            elif all(s.decoding and not s.stepwise and not s.drafts for s, _ in step):
                 yield from self._decode([sequence for sequence, _ in step])
             else:
                 yield from self._mixed(step, behind)
@@ -135,11 +135,19 @@ class Engine:
                     self.cache.publish(sequence.held, sequence.ids, sequence.remembered, sequence.cache_salt)
 
     def _mixed(self, step: Step, behind: deque) -> Iterator[Event]:
-        """One step with a piece of a prompt in it, or in which the host has a part."""
-        ends = np.cumsum([count for _, count in step])
-        drawing = [(sequence, int(end) - 1) for (sequence, count), end in zip(step, ends)
-                   if sequence.remembered + count == len(sequence.ids)]
-        batch = self.ops.batch(make_batch(step, [row for _, row in drawing]))
+        """One step with a piece of a prompt in it, or in which the host has a part.
+
+        After a sequence's drafts a token is drawn, too, and after each of them: as long as what is drawn is what was
+        drafted, the next one was drawn where it should be. What was remembered of the others is written again.
+        """
+        drawing: list[tuple[Sequence, int]] = []  # each drawn token's sequence, and the drafts before it
+        rows: list[int] = []
+        for (sequence, count), end in zip(step, np.cumsum([count for _, count in step]).tolist()):
+            drafts = len(sequence.drafts)
+            if sequence.remembered + count == len(sequence.ids) + drafts:
+                drawing += [(sequence, before) for before in range(drafts + 1)]
+                rows += range(end - drafts - 1, end)
+        batch = self.ops.batch(make_batch(step, rows))
         logits = self.model(batch, self.cache.layers)
         for sequence, count in step:
             sequence.remembered += count
@@ -149,22 +157,31 @@ class Engine:
                 behind.popleft().result()
             return
         behind.clear()
-        rows = [self._sampler_row(sequence) for sequence, _ in drawing]
-        sampler = self.ops.sampler(rows, self.model.config.vocab_size)
+        sampler = self.ops.sampler([self._sampler_row(*one) for one in drawing], self.model.config.vocab_size)
         ids = self.ops.sample(logits, sampler)
         tops = [sequence.top_logprobs for sequence, _ in drawing if sequence.top_logprobs is not None]
         told = self.ops.fetch(self.ops.logprobs(logits, ids, max(tops))).result() if tops else None
-        for row, ((sequence, _), token) in enumerate(zip(drawing, self.ops.fetch(ids).result().tolist())):
+        refused: set[int] = set()  # sequences of whose drafts one was not what was drawn
+        for row, ((sequence, before), token) in enumerate(zip(drawing, self.ops.fetch(ids).result().tolist())):
             if sequence.error is not None:
                 yield sequence, -1
-            elif sequence.finish_reason is None:
+            elif sequence.finish_reason is None and id(sequence) not in refused:
                 if sequence.top_logprobs is not None and token >= 0:
                     sequence.logprobs.append(TokenLogprobs.read(token, told[row], sequence.top_logprobs))
+                if before < len(sequence.drafts) and token == sequence.drafts[before]:
+                    self.scheduler.accepted += 1
+                else:
+                    refused.add(id(sequence))
+                sequence.remembered = len(sequence.ids)
                 yield self._accept(sequence, token)
+        for sequence, _ in drawing:
+            sequence.drafts, sequence.remembered = [], min(sequence.remembered, len(sequence.ids))
 
     def _decode(self, sequences: list[Sequence]) -> Iterator[Event]:
         """Steps of one token for each sequence, until one of them ends, another arrives, or pages run out."""
         steps = LEASE if not self.scheduler.waiting else PAGE_TOKENS  # whoever waits needs pages, too
+        if self.scheduler.speculate:
+            steps = 1  # the next tokens may be there already
         steps = min(steps, max(sequence.remaining for sequence in sequences))
         lease = [(sequence, min(len(sequence.ids) + steps, sequence.limit)) for sequence in sequences]
         missing = [self.cache.missing(s.held, tokens) for s, tokens in lease]
@@ -215,9 +232,9 @@ class Engine:
             return sequence, -1
         return sequence, token
 
-    def _sampler_row(self, sequence: Sequence) -> SamplerRow:
-        """A sequence's; without its mask, and failed, where its grammar has nothing to allow."""
-        row = sequence.sampler_row()
+    def _sampler_row(self, sequence: Sequence, drafts: int) -> SamplerRow:
+        """How a sequence's token after so many drafts is drawn; it fails where its grammar has nothing to allow."""
+        row = sequence.sampler_row(drafts)
         if sequence.grammar is None:
             return row
         mask = np.zeros(-(-self.model.config.vocab_size // 32), np.uint32)

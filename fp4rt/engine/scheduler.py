@@ -9,7 +9,8 @@ from fp4rt.cache import Cache, pages_for
 from fp4rt.engine.sequence import Sequence
 from fp4rt.errors import Fp4rtError
 
-Step = list[tuple[Sequence, int]]  # how many of each sequence's not yet remembered ids
+Step = list[tuple[Sequence, int]]  # how many of each sequence's not yet remembered ids, then of its drafts
+LOGITS_ROWS = 64                   # whose logits one step computes beyond one for each sequence that decodes
 
 
 class Scheduler:
@@ -22,11 +23,12 @@ class Scheduler:
     since the cache holds at least one sequence of full length.
     """
 
-    def __init__(self, cache: Cache, max_sequences: int, step_tokens: int):
+    def __init__(self, cache: Cache, max_sequences: int, step_tokens: int, speculate: int = 0):
         self.cache, self.max_sequences, self.step_tokens = cache, max_sequences, step_tokens
+        self.speculate = speculate
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self.preemptions = 0
+        self.preemptions = self.drafted = self.accepted = 0  # accepted: of the drafted tokens
         self.prompt_tokens_asked = self.prompt_tokens_found = 0  # of admitted prompts; found: in the prefix cache
 
     def add(self, sequence: Sequence) -> None:
@@ -57,7 +59,7 @@ class Scheduler:
                 raise Fp4rtError("memory", f"{tokens} tokens do not fit the K/V cache of {self.cache.tokens} tokens")
             newest = self.running.pop()
             self.cache.give_back(newest.held)
-            newest.remembered = 0
+            newest.remembered, newest.drafts = 0, []
             self.preemptions += 1
             self.waiting.appendleft(newest)
             if newest is sequence:
@@ -71,14 +73,28 @@ class Scheduler:
         for sequence in [s for s in self.running if s.decoding]:
             if sequence in self.running and self.grow(sequence, len(sequence.ids)):
                 step.append((sequence, 1))
+        if self.speculate:
+            step = self._draft([sequence for sequence, _ in step if sequence in self.running])
         self._admit()
-        budget = max(1, self.step_tokens - len(step))
+        budget = max(1, self.step_tokens - sum(count for _, count in step))
         decoding = {id(sequence) for sequence, _ in step}
         prompts = [s for s in self.running if id(s) not in decoding]
         for sequence, count in self._share(prompts, budget):
             if sequence in self.running and self.grow(sequence, sequence.remembered + count):
                 step.append((sequence, count))
         return [(sequence, count) for sequence, count in step if sequence in self.running]
+
+    def _draft(self, sequences: list[Sequence]) -> Step:
+        """A token of each, and guesses at what follows as far as there is room for them without anyone's leaving."""
+        room, step = min(LOGITS_ROWS, self.step_tokens) - len(sequences), []
+        for sequence in sequences:
+            most = min(self.speculate, room, sequence.remaining - 1) if sequence.grammar is None else 0
+            drafts = sequence.lookup.guess(sequence.ids, most)
+            sequence.drafts = drafts if self.cache.grow(sequence.held, len(sequence.ids) + len(drafts)) else []
+            room -= len(sequence.drafts)
+            self.drafted += len(sequence.drafts)
+            step.append((sequence, 1 + len(sequence.drafts)))
+        return step
 
     def _admit(self) -> None:
         """Let waiting sequences run, in their order, as far as their prompts' pages are free."""

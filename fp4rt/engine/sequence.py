@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from fp4rt.cache import Remembered
+from fp4rt.engine.lookup import Lookup
 from fp4rt.errors import Fp4rtError
 from fp4rt.ops import SamplerRow
 from fp4rt.sampling import Sampling
@@ -48,6 +49,7 @@ class Sequence:
     `error` tells. Whoever sets it ends the sequence; any thread may.
     cache_salt: only sequences of the same salt share pages. cached_tokens: of the prompt, how many were found so.
     top_logprobs: how many of the likeliest tokens are told beside each drawn one's log-probability; None for neither.
+    drafts: what the step that is planned guesses after `ids`: remembered, and drawn after, as if they were there.
     logprobs: of the generated tokens. prompt_logprobs: of the prompt's from the second on, where they were asked for.
     """
 
@@ -59,6 +61,8 @@ class Sequence:
     prompt_length: int = 0
     remembered: int = 0
     held: Remembered = field(default_factory=Remembered)
+    drafts: list[int] = field(default_factory=list)
+    lookup: Lookup = field(default_factory=Lookup)
     cache_salt: str = ""
     cached_tokens: int = 0
     top_logprobs: int | None = None
@@ -103,8 +107,9 @@ class Sequence:
         elif self.remaining <= 0:
             self.finish_reason = "length"
 
-    def sampler_row(self) -> SamplerRow:
-        s = self.sampling
+    def sampler_row(self, drafts: int = 0) -> SamplerRow:
+        """How the token after the first so many drafts is drawn."""
+        s, guessed = self.sampling, self.drafts[:drafts]
         return SamplerRow(s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty, s.presence_penalty,
-                          s.frequency_penalty, self.seed, len(self.ids) - self.prompt_length,
-                          self.ids[:self.prompt_length], self.generated, s.logit_bias)
+                          s.frequency_penalty, self.seed, len(self.ids) - self.prompt_length + len(guessed),
+                          self.ids[:self.prompt_length], self.generated + guessed, s.logit_bias)

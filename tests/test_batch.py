@@ -59,8 +59,9 @@ def test_more_lines_than_are_under_way_at_once(tmp_path: Path, monkeypatch: pyte
 
 def test_a_bad_line_says_why_and_stops_no_other(tmp_path: Path):
     bad = [("{", "line 1: is not JSON"), ("7", "line 2: is 7; it must be an object"),
-           (b"\"\xff\"", "line 3: is not UTF-8"), ({"text": "x"}, "unknown key 'text'"), ({}, "either a prompt or messages"),
-           ({"prompt": "x", "messages": []}, "either a prompt or messages"), ({"prompt": 7}, "prompt is 7"),
+           (b"\"\xff\"", "line 3: is not UTF-8"), ({"text": "x"}, "unknown key 'text'"),
+           ({}, "either a prompt or messages"), ({"prompt": "x", "messages": []}, "either a prompt or messages"),
+           ({"prompt": 7}, "prompt is 7"),
            ({"prompt": [10**9]}, "1000000000"), ({"prompt": []}, "no tokens"), ({"prompt": [1] * 256}, "256 tokens"),
            ({"prompt": "x", "top_p": 7, "id": "p"}, "top_p is 7"), ({"prompt": "x", "seed": "a"}, "seed is 'a'"),
            ({"messages": "x"}, "messages must be a list"), ({"messages": [{"role": "user", "content": 5}]}, "[0]"),

@@ -10,7 +10,7 @@ from fp4rt.engine.sequence import Sequence
 from fp4rt.errors import Fp4rtError
 
 Step = list[tuple[Sequence, int]]  # how many of each sequence's not yet remembered ids, then of its drafts
-LOGITS_ROWS = 64                   # whose logits one step computes beyond one for each sequence that decodes
+LOGITS_ROWS = 64                   # of a prompt, or of tokens and guesses, whose logits one step computes
 
 
 class Scheduler:
@@ -89,7 +89,7 @@ class Scheduler:
         room, step = min(LOGITS_ROWS, self.step_tokens) - len(sequences), []
         for sequence in sequences:
             most = min(self.speculate, room, sequence.remaining - 1) if sequence.grammar is None else 0
-            drafts = sequence.lookup.guess(sequence.ids, most)
+            drafts = sequence.lookup.guess(sequence.ids, most) if most > 0 else []
             sequence.drafts = drafts if self.cache.grow(sequence.held, len(sequence.ids) + len(drafts)) else []
             room -= len(sequence.drafts)
             self.drafted += len(sequence.drafts)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fp4rt.engine import Grammar, Sequence, TokenLogprobs
@@ -23,7 +24,8 @@ MAX_LOGPROBS = 20
 class Delta:
     """What became known of an answer since the last one.
 
-    text, reasoning: whole characters. ids: the tokens drawn. logprobs: theirs, where asked for. prompt_logprobs: of
+    Of an iterator that is behind, one delta is several tokens. text, reasoning: whole characters. ids: the tokens
+    drawn. logprobs: theirs, where asked for. prompt_logprobs: of
     the prompt's tokens from the second on, in the first delta, where asked for. finish_reason: of the last delta,
     "stop", "length" or "cancelled". The counts are of the whole request so far.
     """
@@ -37,6 +39,12 @@ class Delta:
     prompt_tokens: int
     generated_tokens: int
     cached_tokens: int
+
+    def then(self, later: Delta) -> Delta:
+        """Both in one."""
+        logprobs = None if self.logprobs is None else [*self.logprobs, *(later.logprobs or ())]
+        return replace(later, text=self.text + later.text, reasoning=self.reasoning + later.reasoning,
+                       ids=self.ids + later.ids, logprobs=logprobs, prompt_logprobs=self.prompt_logprobs)
 
 
 @dataclass
@@ -55,14 +63,34 @@ class Stats:
     finished: dict[str, int] = field(default_factory=dict)  # requests by finish_reason
 
 
-class Request:
-    """One request on its way: iterate over it once for its deltas. Leaving the loop early cancels it."""
+class _Bell:
+    """Wakes the requests of one event loop: all that have something new with one call into the loop."""
 
-    def __init__(self, owner: AsyncLLM, sequence: Sequence, decoder: Any, request_id: str | None,
-                 loop: asyncio.AbstractEventLoop):
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self.loop = loop
+        self._woken: deque[asyncio.Event] = deque()
+        self._rung = False
+
+    def ring(self, event: asyncio.Event) -> None:
+        """Set an event of the loop (any thread). Raises RuntimeError where the loop is closed."""
+        self._woken.append(event)
+        if not self._rung:
+            self._rung = True
+            self.loop.call_soon_threadsafe(self._answer)
+
+    def _answer(self) -> None:
+        self._rung = False  # before, not after: what comes while these are set rings again
+        while self._woken:
+            self._woken.popleft().set()
+
+
+class Request:
+    """One request on its way: iterate over it once for its deltas. Leaving the loop early, or dropping it, cancels it."""
+
+    def __init__(self, owner: AsyncLLM, sequence: Sequence, decoder: Any, request_id: str | None, bell: _Bell):
         self.id, self.sequence = request_id, sequence
         self.submitted, self.first_token, self.finished = time.perf_counter(), 0.0, 0.0
-        self._owner, self._decoder, self._loop = owner, decoder, loop
+        self._owner, self._decoder, self._bell = owner, decoder, bell
         self._ready: deque[Delta | Fp4rtError] = deque()
         self._wake = asyncio.Event()
         self._told = 0  # tokens whose log-probabilities have been handed on
@@ -75,6 +103,11 @@ class Request:
             self._owner._cancelled.append(self)
             self._owner._wake_up()
 
+    def __del__(self) -> None:
+        if self.sequence.finish_reason is None:  # the engine takes it out at the next step; nobody waits to be told
+            self.sequence.finish_reason = "cancelled"
+            self._owner._count("cancelled")
+
     async def __aiter__(self) -> AsyncIterator[Delta]:
         try:
             while True:
@@ -82,6 +115,8 @@ class Request:
                     delta = self._ready.popleft()
                     if isinstance(delta, Fp4rtError):
                         raise delta
+                    while self._ready and isinstance(self._ready[0], Delta):
+                        delta = delta.then(self._ready.popleft())
                     yield delta
                     if delta.finish_reason:
                         return
@@ -135,7 +170,7 @@ class Request:
     def _hand_over(self, delta: Delta | Fp4rtError) -> None:
         self._ready.append(delta)
         try:
-            self._loop.call_soon_threadsafe(self._wake.set)
+            self._bell.ring(self._wake)
         except RuntimeError:  # the loop is closed: nobody listens any more
             self.cancel()
 
@@ -153,7 +188,8 @@ class AsyncLLM:
 
     def __init__(self, llm: LLM, *, max_queue: int = 1024):
         self.llm, self.max_queue = llm, max_queue
-        self._requests: dict[int, Request] = {}
+        self._requests: weakref.WeakValueDictionary[int, Request] = weakref.WeakValueDictionary()
+        self._bell: _Bell | None = None  # of the loop that the newest request came from
         self._cancelled: deque[Request] = deque()
         self._finished: dict[str, int] = {}
         self._prompt_tokens = self._generated_tokens = 0
@@ -191,8 +227,10 @@ class AsyncLLM:
         sequence.top_logprobs = logprobs
         if prompt_logprobs and logprobs is None:
             sequence.top_logprobs = 0
-        request = Request(self, sequence, self.llm.decoder(sequence, splitter), request_id,
-                          asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        if self._bell is None or self._bell.loop is not loop:
+            self._bell = _Bell(loop)
+        request = Request(self, sequence, self.llm.decoder(sequence, splitter), request_id, self._bell)
         with self._work:
             waiting = len(self._requests) - len(self.llm.engine.scheduler.running)
             if waiting >= self.max_queue:
@@ -289,7 +327,10 @@ class AsyncLLM:
         sequence = request.sequence
         if self._requests.pop(id(sequence), None) is not None:
             request._end(sequence.error or request._delta(request._said([]), [], sequence.finish_reason))
-            self._finished[sequence.finish_reason] = self._finished.get(sequence.finish_reason, 0) + 1
+            self._count(sequence.finish_reason)
+
+    def _count(self, finish_reason: str) -> None:
+        self._finished[finish_reason] = self._finished.get(finish_reason, 0) + 1
 
     def _fail(self, error: BaseException) -> None:
         """Nothing can run any more: every request is told why."""

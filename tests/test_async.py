@@ -96,6 +96,35 @@ def test_cancelled_requests_leave_nothing_behind(device: str):
     asyncio.run(main())
 
 
+def test_requests_that_are_dropped_end(device: str):
+    async def main() -> None:
+        with fp4rt.AsyncLLM.load(CHECKPOINT, device=device, max_model_len=512, max_num_seqs=2) as llm:
+            for ids in prompts(6, 30):
+                llm.submit(ids, greedy(400))
+            kept = await collect(llm.submit([5, 6, 7], greedy(3)))
+            assert kept[2] == "length"
+            await idle(llm)
+            stats = llm.stats()
+            assert stats.finished == {"cancelled": 6, "length": 1} and stats.generated_tokens < 400
+
+    asyncio.run(main())
+
+
+def test_a_reader_that_is_behind_gets_several_tokens_at_once(device: str):
+    async def main() -> None:
+        with fp4rt.AsyncLLM.load(CHECKPOINT, device=device, max_model_len=512) as llm:
+            prompt = prompts(1, 30)[0]
+            expected = await collect(llm.submit(prompt, greedy(40)))
+            request = llm.submit(prompt, greedy(40), logprobs=1)
+            while llm.llm.engine.busy or not request.finished:
+                await asyncio.sleep(0.01)
+            delta, = [delta async for delta in request]
+            assert (delta.text, delta.ids, delta.finish_reason) == expected
+            assert [one.id for one in delta.logprobs] == delta.ids and delta.generated_tokens == 40
+
+    asyncio.run(main())
+
+
 def test_a_short_prompt_does_not_wait_for_a_long_one(device: str):
     async def main() -> None:
         with fp4rt.AsyncLLM.load(CHECKPOINT, device=device, max_model_len=1024, kv_tokens=2048,

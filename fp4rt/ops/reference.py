@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -108,6 +109,8 @@ def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, first: int, shape: Atten
 
 # -- The backend --------------------------------------------------------------------------------------------------
 
+KEPT_ELEMENTS = 1 << 18  # of a linear that stays in float32 once it has been used
+
 
 @dataclass(frozen=True)
 class ReferenceLinear:
@@ -128,6 +131,15 @@ class ReferenceLinear:
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
+
+    def matrices(self) -> Sequence[np.ndarray]:
+        """The parts as float32; those of a small weight are kept, as tests ask for them thousands of times."""
+        small = sum(math.prod(part.shape) for part in self.parts) <= KEPT_ELEMENTS
+        return self._matrices if small else [part.dequantize() for part in self.parts]
+
+    @cached_property
+    def _matrices(self) -> Sequence[np.ndarray]:
+        return [part.dequantize() for part in self.parts]
 
 
 @dataclass(frozen=True)
@@ -283,9 +295,9 @@ class ReferenceOps:
         if norm is not None:
             x = rms_norm(x, norm.weight, norm.eps)
         columns = []
-        for part in weight.parts:
+        for part, matrix in zip(weight.parts, weight.matrices()):
             scaled = x if part.pre_quant_scale is None else x * part.pre_quant_scale
-            y = self._multiply(scaled, part.dequantize())
+            y = self._multiply(scaled, matrix)
             columns.append(y if part.bias is None else y + part.bias)
         y = np.concatenate(columns, axis=1)
         if activation is not None:

@@ -89,8 +89,8 @@ def parse_size(size: int | str | None) -> int | None:
 
 
 def load(model: str | Path, *, device: str = "auto", arch: str | None = None, max_model_len: int | None = None,
-         gpu_memory: int | str | None = None, deterministic: bool = False, scale_layout: str = "auto",
-         revision: str | None = None,
+         gpu_memory: int | str | None = None, deterministic: bool = False, kv_dtype: str = "auto",
+         scale_layout: str = "auto", revision: str | None = None,
          progress: Callable[[Iterable[int]], Iterable[int]] = lambda items: items) -> LLM:
     """Load a checkpoint: a directory, a Hugging Face repository id, or "demo".
 
@@ -99,6 +99,8 @@ def load(model: str | Path, *, device: str = "auto", arch: str | None = None, ma
     max_model_len: tokens of context to make room for; by default min(the model's, 8192, what free memory allows).
     gpu_memory: bytes (or "14.5GiB") that weights, cache and workspace may take together.
     deterministic: bit-equal tokens under any batching, at a cost. scale_layout: "auto", "linear" or "swizzled".
+    kv_dtype: "auto" keeps keys and values in fp16 (on a CPU in float32), "fp8" in one byte each: E4M3, by the
+    checkpoint's scales where it has them.
     progress: wraps the iteration over layers. Raises Fp4rtError.
     """
     started = time.perf_counter()
@@ -112,7 +114,7 @@ def load(model: str | Path, *, device: str = "auto", arch: str | None = None, ma
     room = max_model_len or min(longest, DEFAULT_CONTEXT)
     ops = make_ops(device, arch, budget, deterministic)
     try:
-        loader = Loader(ops)
+        loader = Loader(ops, kv_dtype)
         decoder = load_model(checkpoint, loader, room, progress)
         engine, context, workspace = _make_engine(ops, decoder, room, must=max_model_len is not None)
         return LLM(checkpoint, ops, loader, engine, context, workspace, time.perf_counter() - started)

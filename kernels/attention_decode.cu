@@ -201,6 +201,7 @@ __device__ __forceinline__ int take_ticket(int* p) {
     asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(p) : "memory");
     return before;
 }
+
 // What several warps or chunks know of one head, added in their order: for each its largest score, its sum of powers,
 // and four of its weighted values. `largest` is that of all.
 struct Merged {
@@ -249,8 +250,7 @@ extern "C" __global__ void
                      const float* v_norm, float v_eps, const float2* rope, float value_scale, float scale_log2,
                      int window, const float* __restrict__ sinks, float key_factor, float value_factor,
                      float out_factor, int spread, int short_pages, int max_chunks, float* partial,
-                     float2* statistics, int* tickets,
-                     __half* __restrict__ out) {
+                     float2* statistics, int* tickets, __half* __restrict__ out) {
     constexpr int PIECES = HEAD_DIM / 4;
     union Shared {
         float o[KEY_WARPS][DECODE_HEADS][HEAD_DIM];
@@ -333,7 +333,6 @@ extern "C" __global__ void
             }
         }
     }
-
     if (threadIdx.x < my_heads)
         shared_sinks[threadIdx.x] = sink_score(sinks, kv_head * group + first_head + threadIdx.x);
 
@@ -393,6 +392,7 @@ extern "C" __global__ void
         load_keys(place);
         v.load(values + place, g, t, end - key);
     }
+
     float o[HEAD_TILES][PART_DIM / 16][4];
     float largest[HEAD_TILES][2], sums[HEAD_TILES][2];  // of heads 2t and 2t+1
 #pragma unroll

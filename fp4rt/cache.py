@@ -11,7 +11,7 @@ from fp4rt.errors import Fp4rtError
 from fp4rt.ops import AttentionShape, MambaShape, Ops
 
 MAX_SEQUENCES = 64     # that run in one step
-SLOTS_BYTES = 1 << 30  # of recurrent state, at most (but 4 sequences always fit)
+SLOTS_BYTES = 1 << 30  # of recurrent state, at most (but 8 sequences always fit)
 
 Memory = AttentionShape | MambaShape | None  # what one layer remembers
 
@@ -57,7 +57,7 @@ class Plan:
     @property
     def sequences(self) -> int:
         """How many sequences may run in one step: each needs a slot, and slots together take little."""
-        return min(MAX_SEQUENCES, max(4, SLOTS_BYTES // self.slot_bytes)) if self.slot_bytes else MAX_SEQUENCES
+        return min(MAX_SEQUENCES, max(8, SLOTS_BYTES // self.slot_bytes)) if self.slot_bytes else MAX_SEQUENCES
 
     def group(self, shape: AttentionShape) -> int:
         return self.windows.index(shape.window)
@@ -86,6 +86,8 @@ class Cache:
     def __init__(self, plan: Plan, pages: Sequence[int], slots: int):
         self.plan = plan
         self.layers: list[Any] = []
+        self.num_pages, self.nbytes = list(pages), plan.nbytes(pages, slots)
+        plan.ops.expect(self.nbytes)
         for shape in plan.memory:
             if isinstance(shape, MambaShape):
                 self.layers.append(plan.ops.mamba_state(shape, slots + 1))
@@ -95,7 +97,6 @@ class Cache:
                 group = plan.group(shape)
                 self.layers.append(plan.ops.kv_pages(shape, pages[group] + 1, group))
         self.rewindable = plan.slot_bytes == 0  # a recurrent state cannot go back to an earlier token
-        self.num_pages, self.nbytes = list(pages), plan.nbytes(pages, slots)
         self._free = [list(range(n, 0, -1)) for n in pages]
         self._free_slots = list(range(slots, 0, -1))
 

@@ -116,6 +116,6 @@ def inspect(path: str | Path, *, device: str = "auto", arch: str | None = None, 
         table_bytes=ops.table_bytes, unread=tuple(
             (name, count, reason) for (name, reason), count in Counter(
                 (name.rsplit(".", 1)[-1], reason) for name, reason in checkpoint.skipped.items()).items()),
-        device=ops.device, read_per_token=loader.step_bytes, kv_per_token=plan.page_bytes[0] // PAGE_TOKENS,
+        device=ops.device, read_per_token=loader.step_bytes(), kv_per_token=plan.page_bytes[0] // PAGE_TOKENS,
         weight_bytes=weight_bytes, workspace=workspace, kv_bytes=cache_bytes(context), free=free,
         context=context, largest_context=largest)

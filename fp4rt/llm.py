@@ -90,7 +90,8 @@ def parse_size(size: int | str | None) -> int | None:
 
 def load(model: str | Path, *, device: str = "auto", arch: str | None = None, max_model_len: int | None = None,
          gpu_memory: int | str | None = None, deterministic: bool = False, kv_dtype: str = "auto",
-         scale_layout: str = "auto", revision: str | None = None,
+         scale_layout: str = "auto", revision: str | None = None, lm_head: str | None = None,
+         requantize: str | None = None,
          progress: Callable[[Iterable[int]], Iterable[int]] = lambda items: items) -> LLM:
     """Load a checkpoint: a directory, a Hugging Face repository id, or "demo".
 
@@ -101,12 +102,19 @@ def load(model: str | Path, *, device: str = "auto", arch: str | None = None, ma
     deterministic: bit-equal tokens under any batching, at a cost. scale_layout: "auto", "linear" or "swizzled".
     kv_dtype: "auto" keeps keys and values in fp16 (on a CPU in float32), "fp8" in one byte each: E4M3, by the
     checkpoint's scales where it has them.
+    lm_head: "nvfp4" or "fp8": quantize an unquantized head as it is loaded. requantize: "bf16-layers=nvfp4" or
+    "bf16-layers=fp8": so for the other unquantized linears, but routers. Both trade quality for speed.
     progress: wraps the iteration over layers. Raises Fp4rtError.
     """
     started = time.perf_counter()
     if scale_layout not in ("auto", "linear", "swizzled"):
         raise Fp4rtError("request", f"scale_layout is {scale_layout!r}; it must be auto, linear or swizzled")
     budget = parse_size(gpu_memory)
+    requantizer = None
+    if lm_head is not None or requantize is not None:
+        from fp4rt.quantize import make_requantizer
+
+        requantizer = make_requantizer(lm_head, requantize)
     checkpoint = Checkpoint(resolve(str(model), revision=revision), scale_layout=scale_layout)
     _, sizes = read_config(checkpoint)
     longest = sizes.max_position_embeddings
@@ -114,8 +122,10 @@ def load(model: str | Path, *, device: str = "auto", arch: str | None = None, ma
     room = max_model_len or min(longest, DEFAULT_CONTEXT)
     ops = make_ops(device, arch, budget, deterministic)
     try:
-        loader = Loader(ops, kv_dtype)
+        loader = Loader(ops, kv_dtype, *([requantizer] if requantizer else []))
         decoder = load_model(checkpoint, loader, room, progress)
+        if requantizer:
+            requantizer.finish()
         engine, context, workspace = _make_engine(ops, decoder, room, must=max_model_len is not None)
         return LLM(checkpoint, ops, loader, engine, context, workspace, time.perf_counter() - started)
     except BaseException:
@@ -179,7 +189,7 @@ class LLM:
         self.checkpoint, self.ops, self.engine = checkpoint, ops, engine
         self.max_model_len = context
         self.load_seconds, self.workspace_bytes = load_seconds, workspace
-        self.step_bytes = loader.step_bytes
+        self.step_bytes, self.linears = loader.step_bytes, loader.linears
         self.weight_bytes = loader.weight_bytes
         self.timing = Timing()
         path = checkpoint.path / "generation_config.json"

@@ -49,7 +49,13 @@ LOAD_OPTIONS = [
                  help="How NVFP4 block scales lie in the file; needed only where their shape leaves it open."),
     click.option("--revision", metavar="REV", help="Branch, tag or commit of a repository."),
 ]
-MODEL_OPTIONS = [*LOAD_OPTIONS, click.option("--quiet", "-q", is_flag=True, help="Nothing but the text, and errors.")]
+QUALITY_OPTIONS = [  # never on by themselves: they trade quality for speed
+    click.option("--lm-head", type=click.Choice(["nvfp4", "fp8"]), help="Quantize an unquantized head while loading."),
+    click.option("--requantize", metavar="bf16-layers=FORMAT", help="Quantize the other unquantized linears, but "
+                                                                    "routers, to nvfp4 or fp8 while loading."),
+]
+MODEL_OPTIONS = [*LOAD_OPTIONS, *QUALITY_OPTIONS,
+                 click.option("--quiet", "-q", is_flag=True, help="Nothing but the text, and errors.")]
 SAMPLING_OPTIONS = [
     click.option("--max-tokens", type=int, metavar="N", help="Stop after this many tokens.  [default: what fits]"),
     click.option("--temperature", type=float, metavar="X", help="0 always takes the likeliest token."),

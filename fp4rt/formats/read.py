@@ -44,11 +44,14 @@ def _scalar(scope: Scope, suffix: str) -> float:
     return value
 
 
-def _e4m3_scales(tensor: Tensor, data: np.ndarray) -> np.ndarray:
-    """Block scales checked for NaN codes (0x7f, 0xff) and for negative ones, which no exporter writes."""
-    if data.size and (data.max() >= 0x7F):
-        worst = "NaN" if ((data & 0x7F) == 0x7F).any() else "negative values"
-        raise _refuse(tensor, f"holds {worst}", "the checkpoint is damaged; download or export it again")
+def _e4m3_scales(scope: Scope, tensor: Tensor, data: np.ndarray) -> np.ndarray:
+    """Block scales, to be checked for NaN codes (0x7f, 0xff) and for negative ones, which no exporter writes."""
+    def look() -> None:
+        if data.size and (data.max() >= 0x7F):
+            worst = "NaN" if ((data & 0x7F) == 0x7F).any() else "negative values"
+            raise _refuse(tensor, f"holds {worst}", "the checkpoint is damaged; download or export it again")
+
+    scope.checkpoint.check(look)
     return data
 
 
@@ -76,10 +79,10 @@ def _block_scales(scope: Scope, suffix: str, n: int, k: int) -> np.ndarray:
     if asked == "swizzled" and not swizzled:
         raise _refuse(tensor, f"is not in the swizzled layout, which would be {list(padded)}", "use --scale-layout auto")
     if asked == "swizzled" or (asked == "auto" and swizzled and tensor.shape != linear):
-        return _e4m3_scales(tensor, unswizzle(tensor.data.reshape(-1), n, columns))
+        return _e4m3_scales(scope, tensor, unswizzle(tensor.data.reshape(-1), n, columns))
     if tensor.shape != linear:
         raise _refuse(tensor, f"a weight [{n}, {k}] needs block scales {list(linear)}")
-    return _e4m3_scales(tensor, tensor.data)
+    return _e4m3_scales(scope, tensor, tensor.data)
 
 
 def _fp8_scales(scope: Scope, n: int, k: int) -> tuple[np.ndarray, tuple[int, int]]:

@@ -67,6 +67,7 @@ def load_model(checkpoint: Checkpoint, load: Loader, max_positions: int,
     config, sizes = read_config(checkpoint)
     known = architecture(config)
     model = known.build(checkpoint.at(""), config, sizes, load, max_positions, progress)
+    checkpoint.finish_checks()
     tied = getattr(sizes, "tie_word_embeddings", False)
     skipped = getattr(known, "skipped", lambda name, sizes: None)
     for name in checkpoint.unread():

@@ -151,7 +151,7 @@ class MoE:
         self.ops, self.routing = load.ops, sizes.routing
         router = scope.at("router")
         self.router_norm = load.ops.norm_weight(read_vector(router, "scale", hidden) * np.float32(hidden**-0.5), sizes.eps)
-        self.router = load.linear(router, {"proj": experts}, hidden)
+        self.router = load.router(router, "proj", experts, hidden)
         self.expert_scale = load.vector(router, "per_expert_scale", experts)
         self.norm = load.norm(scope, "pre_feedforward_layernorm_2", hidden, sizes.eps)
         at = next((scope.at(path) for path in ("moe.experts", "experts") if _holds_experts(scope.at(path))),

@@ -166,7 +166,7 @@ class MoE:
     def __init__(self, scope: Scope, sizes: Sizes, load: Loader):
         hidden, latent, routing = sizes.hidden_size, sizes.moe_latent_size, sizes.routing
         self.ops, self.routing = load.ops, routing
-        self.gate = load.linear(scope, {"gate": routing.num_experts}, hidden)
+        self.gate = load.router(scope, "gate", routing.num_experts, hidden)
         self.correction = load.vector(scope, "gate.e_score_correction_bias", routing.num_experts)
         self.fc1_latent_proj = load.linear(scope, {"fc1_latent_proj": latent}, hidden) if latent else None
         self.fc2_latent_proj = load.linear(scope, {"fc2_latent_proj": hidden}, latent) if latent else None

@@ -299,6 +299,9 @@ class Ops(Protocol):
     def free_memory(self) -> int | None:
         """Bytes that may still be allocated within this backend's budget; None if unknown."""
 
+    def expect(self, nbytes: int) -> None:
+        """Pages and slots of so many bytes are asked for next, and may be taken from the device in one piece."""
+
     def reserve(self, step: Callable[[], object]) -> int:
         """Size the scratch memory for `step` (the largest one that will ever run) without running it: bytes."""
 

@@ -410,6 +410,9 @@ class ReferenceOps:
     def free_memory(self) -> int | None:
         return None
 
+    def expect(self, nbytes: int) -> None:
+        pass
+
     def reserve(self, step: Callable[[], object]) -> int:
         return 0
 

@@ -94,6 +94,9 @@ class Kernel:
         device, grid, block = self._device, _three(grid), _three(block)
         if device.planning or 0 in grid:
             return
+        if device.uploading:
+            device.later(lambda: self(grid, block, *args, shared=shared, pdl=pdl))
+            return
         codes, values = [], []
         for value in args:
             if isinstance(value, cupy.ndarray):

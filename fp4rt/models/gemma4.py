@@ -264,7 +264,8 @@ def build(scope: Scope, source: Config, sizes: Sizes, load: Loader, max_position
     per_layer = PerLayerEmbedding(body, sizes, load) if sizes.per_layer_width else None
     layers = [Layer(body.at(f"layers.{i}"), sizes, i, ropes[sizes.sliding[i]], load)
               for i in progress(range(len(sizes.attention)))]
-    return Gemma4(sizes, load.ops, sizes.attention, embed_tokens, layers, norm, lm_head, sizes.softcap, prefix,
+    memory = [load.remembered(body.at(f"layers.{i}.self_attn"), shape) for i, shape in enumerate(sizes.attention)]
+    return Gemma4(sizes, load.ops, memory, embed_tokens, layers, norm, lm_head, sizes.softcap, prefix,
                   per_layer)
 
 

@@ -480,7 +480,17 @@ __device__ __forceinline__ void record_norm(float sum, unsigned* largest) {
 #define MANY_BOUNDS __launch_bounds__(MANY_ROW_WARPS* MANY_TOKEN_WARPS * 32, 1)
 #endif
 
-#if defined(MANY_STAGES) && defined(EXPERTS)
+#ifdef WARPGROUP_STAGES
+#include "linear_wgmma.cuh"
+#define LINEAR_ENTRIES(Tile)                                                                                           \
+    extern "C" __global__ void __cluster_dims__(WARPGROUP_SPLIT) __launch_bounds__(384, WARPGROUP_BLOCKS)              \
+        many_warpgroups(const unsigned char* weights, const unsigned char* x, int tokens, int padded, int K,           \
+                        int row_tiles, EPILOGUE_PARAMETERS) {                                                          \
+        const Epilogue e = EPILOGUE;                                                                                   \
+        warpgroup_tokens<Tile, WARPGROUP_ROWS / 128, WARPGROUP_TOKENS, WARPGROUP_STAGES, WARPGROUP_SPLIT,              \
+                         WARPGROUP_BLOCKS>(weights, x, tokens, padded, K, row_tiles, e);                               \
+    }
+#elif defined(MANY_STAGES) && defined(EXPERTS)
 #define LINEAR_ENTRIES(Tile)                                                                                           \
     extern "C" __global__ void MANY_BOUNDS                                                                             \
         many_experts(const unsigned char* weights, const __half* x, const int* rows, const int4* blocks, int K,        \

@@ -11,6 +11,7 @@ import numpy as np
 
 from fp4rt.errors import Fp4rtError
 from fp4rt.formats import Dense, Fp8, Mxfp4, Nvfp4, Weight
+from fp4rt.ops.cuda import warpgroup
 from fp4rt.ops.cuda.activation import Activation, exponent_for
 from fp4rt.ops.cuda.dense_linear import DENSE, DENSE_F32, dense_layout
 from fp4rt.ops.cuda.device import SHARED_LIMIT, Device
@@ -212,6 +213,9 @@ def _launch(device: Device, x: Activation | Normed, group: Packed, out: cupy.nda
     if deterministic:
         for start in range(0, tokens, FEW_TOKENS):
             _few(device, x.data[start:start + FEW_TOKENS], group, out[start:], _NO_NORM, epilogue)
+        return
+    if warpgroup.runs(device, group.layout):
+        warpgroup.launch(device, warpgroup.order(device, x.data, group.layout), tokens, group, out, epilogue)
         return
     many = choose_many(device, group, lambda many: -(-tokens // many.tokens))
     stages = many.stages(group.layout, device.shared_limit)

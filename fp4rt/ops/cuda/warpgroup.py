@@ -1,0 +1,129 @@
+"""Linears of more than a few tokens on sm_90a: activations in the order of warpgroup products, and which variant runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cupy
+import numpy as np
+
+from fp4rt.ops.cuda.device import SHARED_LIMIT, Device
+from fp4rt.ops.cuda.tiles import Layout, Packed
+
+_THREADS = 384     # two warpgroups that compute and one that brings
+_TOKENS, _STEPS = 64, 4  # of a block of the `order` kernel: each thread takes 32 columns of a token
+
+
+@dataclass(frozen=True)
+class Warpgroups:
+    """A variant of kernels/linear_wgmma.cuh: rows and tokens of a block's tile; blocks, a cluster, that share its columns.
+
+    alone, shared: microseconds for 128 columns where a block has an SM to itself, and where two share one: measured on
+    an H100 with the NVFP4 linears of Llama-3.1-8B. Blocks of many sums have an SM to themselves.
+    """
+
+    rows: int
+    tokens: int
+    split: int
+    alone: float
+    shared: float
+
+    @property
+    def blocks(self) -> int:
+        return 2 if self.rows * self.tokens <= 128 * 64 else 1
+
+    def _sum_bytes(self) -> int:
+        """Two warpgroups' sums of some tokens; those of a cluster lie where the ring was."""
+        return 0 if self.split > 1 else 2 * (self.tokens if self.tokens <= 64 else 32) * (self.rows // 2 + 4) * 4
+
+    def _stage_bytes(self, layout: Layout) -> int:
+        return self.tokens * layout.tile_k * 2 + self.rows // 16 * layout.tile_bytes + 16  # and two barriers
+
+    def stages(self, layout: Layout) -> int:
+        """Buffers in what shared memory a block may have: a kilobyte of an SM's goes with each block."""
+        limit = (SHARED_LIMIT[90] + 1024) // self.blocks - 1024
+        return min(8, (limit - self._sum_bytes()) // self._stage_bytes(layout))
+
+    def shared_bytes(self, layout: Layout) -> int:
+        return self.stages(layout) * self._stage_bytes(layout) + self._sum_bytes()
+
+    def defines(self, layout: Layout) -> dict[str, int]:
+        return {"WARPGROUP_ROWS": self.rows, "WARPGROUP_TOKENS": self.tokens, "WARPGROUP_STAGES": self.stages(layout),
+                "WARPGROUP_SPLIT": self.split, "WARPGROUP_BLOCKS": self.blocks, **layout.defines}
+
+    def tiles(self, group: Packed, tokens: int) -> int:
+        return -(-tokens // self.tokens) * -(-group.row_tiles * 16 // self.rows)
+
+    def places(self, device: Device) -> int:
+        """Blocks that run at once. Larger clusters leave some SMs of a part of the chip without one."""
+        places = device.sm_count * self.blocks
+        return places if self.split <= 2 else int(places * (0.97 if self.blocks == 2 else 0.91)) // self.split * self.split
+
+    def time(self, device: Device, group: Packed, tokens: int) -> float:
+        """Microseconds that a call takes, apart from what all variants need."""
+        blocks = self.tiles(group, tokens) * self.split
+        waves = -(-blocks // self.places(device))
+        each = self.shared if blocks > device.sm_count else self.alone
+        return waves * -(-group.in_features // (128 * self.split)) * each + _SPLIT_TIME[self.split]
+
+
+_SPLIT_TIME = {1: 0.0, 2: 1.5, 4: 3.0, 8: 4.0}  # microseconds for adding up a cluster's sums
+VARIANTS = (*(Warpgroups(256, 128, split, 1.35, 1.35) for split in (1, 2, 4)),
+            *(Warpgroups(128, 128, split, 0.72, 0.72) for split in (1, 2)),
+            *(Warpgroups(128, tokens, split, alone, shared)
+              for tokens, alone, shared in ((64, 0.5, 0.8), (32, 0.42, 0.62), (16, 0.4, 0.55)) for split in (1, 2, 4, 8)))
+
+
+def runs(device: Device, layout: Layout) -> bool:
+    """Sums per scale block would need a second set of accumulators, and a second plane a second set of weights."""
+    return device.arch == "sm_90a" and _runs(layout)
+
+
+def _runs(layout: Layout) -> bool:
+    return not layout.defines.get("BLOCK_SCALES") and layout.defines.get("WEIGHT_PLANES", 1) == 1
+
+
+def variants(capability: int) -> list[tuple[str, dict[str, int], int]]:
+    """Every (stem, defines, dynamic shared bytes) that this module may launch on an architecture."""
+    from fp4rt.ops.cuda.linear import LAYOUTS
+
+    if capability != 90:
+        return []
+    return [("order", {}, 0), *((layout.stem, variant.defines(layout), variant.shared_bytes(layout))
+                                for layout in LAYOUTS if _runs(layout) for variant in VARIANTS)]
+
+
+def choose(device: Device, group: Packed, tokens: int) -> Warpgroups:
+    """The variant that is done first. Each cluster's block needs columns of its own."""
+    k_tiles = -(-group.in_features // group.layout.tile_k)
+    return min((variant for variant in VARIANTS if variant.split <= k_tiles),
+               key=lambda variant: variant.time(device, group, tokens))
+
+
+@dataclass(frozen=True)
+class Ordered:
+    """Activations as kernels/order.cuh says: fp16 [slabs, padded, 64]; padded: tokens up to a multiple of 8."""
+
+    data: cupy.ndarray
+    padded: int
+
+
+def order(device: Device, x: cupy.ndarray, layout: Layout) -> Ordered:
+    """x fp16 [T, K] for the linears of a layout."""
+    tokens, k = x.shape
+    padded, slabs = -(-tokens // 8) * 8, -(-k // layout.tile_k) * layout.tile_k // 64
+    y = device.scratch((slabs, padded, 64), np.float16)
+    device.kernel("order", "order")((-(-slabs // 2), -(-tokens // _TOKENS)), _TOKENS * _STEPS, x, y, tokens, padded, k,
+                                    slabs, int(layout.interleaved), pdl=True)
+    return Ordered(y, padded)
+
+
+def launch(device: Device, x: Ordered, tokens: int, group: Packed, out: cupy.ndarray, epilogue: tuple) -> None:
+    """out [T, features] = x @ W^T; epilogue: from row_scale on, as kernels/linear.cuh says."""
+    variant = choose(device, group, tokens)
+    blocks = variant.tiles(group, tokens) * variant.split
+    if variant.split == 1:
+        blocks = min(blocks, variant.places(device))  # each goes through several tiles
+    device.kernel(group.layout.stem, "many_warpgroups", **variant.defines(group.layout))(
+        blocks, _THREADS, group.tiles, x.data, tokens, x.padded, group.in_features, group.row_tiles, out, *epilogue,
+        shared=variant.shared_bytes(group.layout), pdl=True)

@@ -7,6 +7,7 @@
 //   load(raw, tile, lane)         reads it from shared memory
 //   load_pair(raw, tile, lane, p) reads what steps 2p and 2p+1 need of it
 //   decode<plane>(raw, step, a)   the A fragments of the two mma of a step; a weight is the sum of PLANES planes
+//   FRAGMENTS                     whether a Raw holds them as they are
 //   BLOCK_SCALED, row_scale(raw)  whether float32 scales of rows g and g+8 apply to this tile's sum
 //   position(c)                   where the 16-byte chunk c of a token's Tile::K activations lies in shared memory, so
 //                                 that lane t finds those of its step at chunk 4 * step + t

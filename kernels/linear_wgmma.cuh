@@ -124,6 +124,8 @@ __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, c
                 if (step == STEPS - 1) {
                     const int done = stage;
                     if (++stage == STAGES) stage = 0, phase ^= 1;
+                    // Products still read their fragments, which the next load must not overwrite.
+                    if constexpr (Tile::FRAGMENTS) wgmma_wait<0>();
                     if (kt + 1 < k_end) begin();
                     wgmma_wait<BUFFERS - 1>();
                     last = done;

@@ -17,13 +17,13 @@
 #include "activation.cuh"
 #include "norm.cuh"
 
-enum Output { STORE_HALF = 0, STORE_FLOAT = 1, ADD_FLOAT = 2 };
+enum Output { STORE_HALF = 0, STORE_FLOAT = 1, ADD_FLOAT = 2, STORE_ORDERED = 3, STORE_INTERLEAVED = 4 };  // order.cuh
 
 struct Epilogue {
     void* out;               // [T, stride] half or float
     const float* row_scale;  // of packed rows: what the format leaves to the end
     const float* bias;       // of packed rows, or null
-    int stride;              // elements between tokens
+    int stride;              // elements between tokens, of ordered ones between slabs
     int features;            // output columns (of the product for a gated pair)
     int mode;                // Output
     int activation;          // ActivationKind

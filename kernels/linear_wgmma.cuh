@@ -13,6 +13,7 @@
 // Dynamic shared memory: activations [STAGES][Tile::K / 64][N][64] halves; weights [STAGES][row tiles][Tile::BYTES];
 // sums [2][tokens at a time][M * 64 + 4] floats (SPLIT: in their place); barriers [2][STAGES].
 #include "wgmma.cuh"
+#include "order.cuh"
 
 template <class Tile, int M, int N, int STAGES, int SPLIT, int BLOCKS>
 __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, const unsigned char* x, int tokens,
@@ -20,9 +21,7 @@ __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, c
     extern __shared__ __align__(1024) unsigned char ring[];
     constexpr int GROUPS = 2, ROW_TILES = GROUPS * M * 4, ROWS = M * 64, SLABS = Tile::K / 64, STEPS = Tile::K / 32;
     constexpr int SLAB = N * 128, X_BYTES = SLABS * SLAB, W_BYTES = ROW_TILES * Tile::BYTES;
-    constexpr int BUFFERS = M == 1 && STEPS == 4 ? 4 : 2;  // of fragments: one more than steps whose products may run
     constexpr int CHUNK = SPLIT > 1 || N <= 64 ? N : 32, STRIDE = ROWS + 4;  // of the sums: free of bank conflicts
-    static_assert(N % CHUNK == 0 && CHUNK % SPLIT == 0, "whole chunks of tokens, which the blocks of a cluster share");
     unsigned char* const packed = ring + STAGES * X_BYTES;
     unsigned char* const behind = packed + STAGES * W_BYTES;
     float* const sums = reinterpret_cast<float*>(SPLIT > 1 ? ring : behind);
@@ -86,13 +85,11 @@ __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, c
 
     more_registers<BLOCKS == 1 ? 232 : 104>();
     wait_for_predecessor();
-    const int group = warp / 4, thread = threadIdx.x % 128, g = lane / 4, t = lane % 4;
-    float* const own_sums = sums + group * CHUNK * STRIDE;
-    const bool gated = is_gated(e.activation);
+    const int group = warp / 4;
     int stage = 0, phase = 0;
     for (int tile = first; tile < tiles; tile += tiles_apart) {
         float acc[M][N / 2];
-        unsigned a[BUFFERS][M][2][4];
+        unsigned a[2][M][2][4];
         typename Tile::Raw raw[M];
         auto own = [&](int m) { return packed + stage * W_BYTES + (group * M * 4 + m * 4 + warp % 4) * Tile::BYTES; };
         auto begin = [&]() {
@@ -106,7 +103,7 @@ __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, c
             const unsigned long long b = swizzled_columns(shared_address(ring + stage * X_BYTES));
 #pragma unroll
             for (int step = 0; step < STEPS; step++) {
-                auto& fragments = a[step % BUFFERS];
+                auto& fragments = a[step % 2];
 #pragma unroll
                 for (int m = 0; m < M; m++) {
                     if (step > 0 && step % 2 == 0) Tile::load_pair(raw[m], own(m), lane, step / 2);
@@ -127,11 +124,11 @@ __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, c
                     // Products still read their fragments, which the next load must not overwrite.
                     if constexpr (Tile::FRAGMENTS) wgmma_wait<0>();
                     if (kt + 1 < k_end) begin();
-                    wgmma_wait<BUFFERS - 1>();
+                    wgmma_wait<1>();
                     last = done;
                 } else {
-                    wgmma_wait<BUFFERS - 1>();
-                    if (step == BUFFERS - 2 && kt > k_first && lane == 0) mbarrier_arrive(empty + last * 8);
+                    wgmma_wait<1>();
+                    if (step == 0 && kt > k_first && lane == 0) mbarrier_arrive(empty + last * 8);
                 }
             }
         }
@@ -141,21 +138,18 @@ __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, c
 
         if constexpr (SPLIT > 1) barrier_wait(1, GROUPS * 128);  // the ring is free for the sums
 
+        // What follows is computed from here on: kept through the products, it would take their registers.
+        const int thread = thread_index() % 128, g = thread % 32 / 4, t = thread % 4;
+        float* const own_sums = sums + group * CHUNK * STRIDE;
+        const bool gated = is_gated(e.activation);
+
         // The sums go through shared memory, some tokens at a time, and come back as four rows of a token. Gated: four
         // rows of the gate and, eight rows further, four of the other part.
         const int quads = gated ? ROWS / 8 : ROWS / 4, quad = thread % quads, row_tile = tile / token_tiles * ROW_TILES;
         const int row = gated ? quad / 2 * 16 + quad % 2 * 4 : quad * 4, packed_row = row_tile * 16 + group * ROWS + row;
         const int column = gated ? packed_row / 16 * 8 + packed_row % 8 : packed_row;
         const int first_token = tile % token_tiles * N;
-        float4 scale[2] = {}, bias[2] = {};
-        if (packed_row < row_tiles * 16) {
-#pragma unroll
-            for (int part = 0; part < 2; part++) {
-                if (part && !gated) break;
-                scale[part] = *reinterpret_cast<const float4*>(e.row_scale + packed_row + part * 8);
-                if (e.bias) bias[part] = *reinterpret_cast<const float4*>(e.bias + packed_row + part * 8);
-            }
-        }
+        const bool whole = column + 4 <= e.features && e.stride % 4 == 0 && reinterpret_cast<size_t>(e.out) % 16 == 0;
         auto finished = [&](const float* from, int part) {
             float4 v = *reinterpret_cast<const float4*>(from + part * 8);
             if (SPLIT > 1) {
@@ -167,7 +161,9 @@ __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, c
                 for (int r = 1; r < SPLIT; r++)
                     v.x += others[r].x, v.y += others[r].y, v.z += others[r].z, v.w += others[r].w;
             }
-            const float4 s = scale[part], c = bias[part];
+            const float4 s = *reinterpret_cast<const float4*>(e.row_scale + packed_row + part * 8);
+            float4 c = {};
+            if (e.bias) c = *reinterpret_cast<const float4*>(e.bias + packed_row + part * 8);
             return make_float4(v.x * (s.x * e.in_factor) + c.x, v.y * (s.y * e.in_factor) + c.y,
                                v.z * (s.z * e.in_factor) + c.z, v.w * (s.w * e.in_factor) + c.w);
         };
@@ -177,16 +173,18 @@ __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, c
                                 value.w * e.out_factor};
             float* const floats = static_cast<float*>(e.out) + at;
             __half* const halves = static_cast<__half*>(e.out) + at;
-            if (column + 4 <= e.features && e.stride % 4 == 0) {
-                if (e.mode == STORE_HALF) {
+            if (e.mode >= STORE_ORDERED) {  // e.features is a multiple of 128
+                const bool interleaved = e.mode == STORE_INTERLEAVED;
+                unsigned* const words = static_cast<unsigned*>(e.out);
+                words[ordered_word(column, token, e.stride / 64, interleaved)] = as_bits(__floats2half2_rn(v[0], v[1]));
+                words[ordered_word(column + 2, token, e.stride / 64, interleaved)] =
+                    as_bits(__floats2half2_rn(v[2], v[3]));
+            } else if (whole) {
+                if (e.mode == STORE_HALF)
                     *reinterpret_cast<uint2*>(halves) = make_uint2(as_bits(__floats2half2_rn(v[0], v[1])),
                                                                    as_bits(__floats2half2_rn(v[2], v[3])));
-                } else {
-                    float4 before = {};
-                    if (e.mode == ADD_FLOAT) before = *reinterpret_cast<const float4*>(floats);
-                    *reinterpret_cast<float4*>(floats) = make_float4(before.x + v[0], before.y + v[1], before.z + v[2],
-                                                                     before.w + v[3]);
-                }
+                else if (e.mode == STORE_FLOAT) *reinterpret_cast<float4*>(floats) = make_float4(v[0], v[1], v[2], v[3]);
+                else add_four(floats, v[0], v[1], v[2], v[3]);
             } else {
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
@@ -204,13 +202,14 @@ __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, c
                 for (int n = 0; n < CHUNK / 8; n++) {
 #pragma unroll
                     for (int i = 0; i < 4; i++)
-                        own_sums[(n * 8 + 2 * t + i % 2) * STRIDE + m * 64 + warp % 4 * 16 + g + i / 2 * 8] =
+                        own_sums[(n * 8 + 2 * t + i % 2) * STRIDE + m * 64 + thread / 32 * 16 + g + i / 2 * 8] =
                             acc[m][(chunk * (CHUNK / 8) + n) * 4 + i];
                 }
             }
-            if (chunk == 0 && lane == 0) mbarrier_arrive(empty + last * 8);
+            if (chunk == 0 && thread % 32 == 0) mbarrier_arrive(empty + last * 8);
             if constexpr (SPLIT > 1) cluster_arrive(), cluster_wait();
             else barrier_wait(1 + group, 128);
+#pragma unroll(SPLIT > 1 ? 2 : 1)
             for (int c = thread / quads * SPLIT + rank; c < CHUNK; c += 128 / quads * SPLIT) {
                 const int token = first_token + chunk * CHUNK + c;
                 if (token >= tokens || column >= e.features) continue;

@@ -33,6 +33,11 @@ __device__ __forceinline__ void bulk_copy(unsigned shared, const void* global, i
                  :: "r"(shared), "l"(global), "r"(bytes), "r"(barrier) : "memory");
 }
 
+// Adds to four floats without waiting for what they were; one addition to each is the same in any order.
+__device__ __forceinline__ void add_four(float* to, float a, float b, float c, float d) {
+    asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" :: "l"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+}
+
 // -- Clusters -----------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
@@ -45,6 +50,13 @@ __device__ __forceinline__ float4 cluster_load(unsigned shared, int rank) {
     asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
                  : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(remote) : "memory");
     return v;
+}
+
+// threadIdx.x, read anew: what is computed from it cannot be computed earlier.
+__device__ __forceinline__ int thread_index() {
+    int index;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+    return index;
 }
 
 // Registers of each thread of a warpgroup from here on: the whole block's must fit what it was launched with.

@@ -10,6 +10,7 @@ import numpy as np
 from fp4rt.ops.cuda.device import SHARED_LIMIT, Device
 from fp4rt.ops.cuda.tiles import Layout, Packed
 
+WHOLE = 128        # columns of the longest tile: what is a multiple of it has no tail in any layout
 _THREADS = 384     # two warpgroups that compute and one that brings
 _TOKENS, _STEPS = 64, 4  # of a block of the `order` kernel: each thread takes 32 columns of a token
 
@@ -102,28 +103,36 @@ def choose(device: Device, group: Packed, tokens: int) -> Warpgroups:
 
 @dataclass(frozen=True)
 class Ordered:
-    """Activations as kernels/order.cuh says: fp16 [slabs, padded, 64]; padded: tokens up to a multiple of 8."""
+    """Activations [T, K] as kernels/order.cuh says: fp16 [slabs, padded, 64]; padded: T up to a multiple of 8."""
 
     data: cupy.ndarray
+    shape: tuple[int, int]
     padded: int
+    interleaved: bool
+
+    @staticmethod
+    def empty(device: Device, shape: tuple[int, int], interleaved: bool, tile_k: int = WHOLE) -> Ordered:
+        """To be filled; columns to the end of a tile are part of it."""
+        padded, slabs = -(-shape[0] // 8) * 8, -(-shape[1] // tile_k) * tile_k // 64
+        return Ordered(device.scratch((slabs, padded, 64), np.float16), shape, padded, interleaved)
 
 
 def order(device: Device, x: cupy.ndarray, layout: Layout) -> Ordered:
     """x fp16 [T, K] for the linears of a layout."""
+    y = Ordered.empty(device, x.shape, layout.interleaved, layout.tile_k)
+    tokens, slabs = x.shape[0], y.data.shape[0]
+    device.kernel("order", "order")((-(-slabs // 2), -(-tokens // _TOKENS)), _TOKENS * _STEPS, x, y.data, tokens,
+                                    y.padded, x.shape[1], slabs, int(y.interleaved), pdl=True)
+    return y
+
+
+def launch(device: Device, x: Ordered, group: Packed, out: cupy.ndarray, epilogue: tuple) -> None:
+    """x @ W^T to `out`; epilogue: from row_scale on, as kernels/linear.cuh says."""
     tokens, k = x.shape
-    padded, slabs = -(-tokens // 8) * 8, -(-k // layout.tile_k) * layout.tile_k // 64
-    y = device.scratch((slabs, padded, 64), np.float16)
-    device.kernel("order", "order")((-(-slabs // 2), -(-tokens // _TOKENS)), _TOKENS * _STEPS, x, y, tokens, padded, k,
-                                    slabs, int(layout.interleaved), pdl=True)
-    return Ordered(y, padded)
-
-
-def launch(device: Device, x: Ordered, tokens: int, group: Packed, out: cupy.ndarray, epilogue: tuple) -> None:
-    """out [T, features] = x @ W^T; epilogue: from row_scale on, as kernels/linear.cuh says."""
     variant = choose(device, group, tokens)
     blocks = variant.tiles(group, tokens) * variant.split
     if variant.split == 1:
         blocks = min(blocks, variant.places(device))  # each goes through several tiles
     device.kernel(group.layout.stem, "many_warpgroups", **variant.defines(group.layout))(
-        blocks, _THREADS, group.tiles, x.data, tokens, x.padded, group.in_features, group.row_tiles, out, *epilogue,
+        blocks, _THREADS, group.tiles, x.data, tokens, x.padded, k, group.row_tiles, out, *epilogue,
         shared=variant.shared_bytes(group.layout), pdl=True)

@@ -483,13 +483,27 @@ __device__ __forceinline__ void record_norm(float sum, unsigned* largest) {
 
 #ifdef WARPGROUP_STAGES
 #include "linear_wgmma.cuh"
+#define WARPGROUP_BOUNDS __cluster_dims__(WARPGROUP_SPLIT) __launch_bounds__(384, WARPGROUP_BLOCKS)
+#define WARPGROUP_TILES(Tile, GROUPED)                                                                                 \
+    warpgroup_tokens<Tile, WARPGROUP_ROWS / 128, WARPGROUP_TOKENS, WARPGROUP_STAGES, WARPGROUP_SPLIT, WARPGROUP_BLOCKS,  \
+                     GROUPED>
+#endif
+
+#if defined(WARPGROUP_STAGES) && defined(EXPERTS)
 #define LINEAR_ENTRIES(Tile)                                                                                           \
-    extern "C" __global__ void __cluster_dims__(WARPGROUP_SPLIT) __launch_bounds__(384, WARPGROUP_BLOCKS)              \
+    extern "C" __global__ void WARPGROUP_BOUNDS                                                                        \
+        many_experts_warpgroups(const unsigned char* weights, const unsigned char* x, const int4* blocks, int count,   \
+                                int padded, int K, int row_tiles, EPILOGUE_PARAMETERS) {                               \
+        const Epilogue e = EPILOGUE;                                                                                   \
+        WARPGROUP_TILES(Tile, true)(weights, x, 0, padded, K, row_tiles, blocks, count, e);                            \
+    }
+#elif defined(WARPGROUP_STAGES)
+#define LINEAR_ENTRIES(Tile)                                                                                           \
+    extern "C" __global__ void WARPGROUP_BOUNDS                                                                        \
         many_warpgroups(const unsigned char* weights, const unsigned char* x, int tokens, int padded, int K,           \
                         int row_tiles, EPILOGUE_PARAMETERS) {                                                          \
         const Epilogue e = EPILOGUE;                                                                                   \
-        warpgroup_tokens<Tile, WARPGROUP_ROWS / 128, WARPGROUP_TOKENS, WARPGROUP_STAGES, WARPGROUP_SPLIT,              \
-                         WARPGROUP_BLOCKS>(weights, x, tokens, padded, K, row_tiles, e);                               \
+        WARPGROUP_TILES(Tile, false)(weights, x, tokens, padded, K, row_tiles, nullptr, 0, e);                         \
     }
 #elif defined(MANY_STAGES) && defined(EXPERTS)
 #define LINEAR_ENTRIES(Tile)                                                                                           \

@@ -7,6 +7,8 @@
 // M * 64 rows each for N tokens, and decode a step's weights while the products of the steps before are running. Blocks
 // go through the tiles of the output, tokens fastest, so that weights come from memory once.
 //
+// GROUPED: tokens are pairs grouped by expert, in `count` blocks of N {expert, first, end}; x is ordered block by block.
+//
 // SPLIT blocks, a cluster, share a tile's columns, SPLIT at most; their sums are added in order of rank, through shared
 // memory. BLOCKS: how many blocks share an SM.
 //
@@ -15,9 +17,10 @@
 #include "wgmma.cuh"
 #include "order.cuh"
 
-template <class Tile, int M, int N, int STAGES, int SPLIT, int BLOCKS>
+template <class Tile, int M, int N, int STAGES, int SPLIT, int BLOCKS, bool GROUPED>
 __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, const unsigned char* x, int tokens,
-                                                 int padded, int K, int row_tiles, const Epilogue& e) {
+                                                 int padded, int K, int row_tiles, const int4* blocks, int count,
+                                                 const Epilogue& e) {
     extern __shared__ __align__(1024) unsigned char ring[];
     constexpr int GROUPS = 2, ROW_TILES = GROUPS * M * 4, ROWS = M * 64, SLABS = Tile::K / 64, STEPS = Tile::K / 32;
     constexpr int SLAB = N * 128, X_BYTES = SLABS * SLAB, W_BYTES = ROW_TILES * Tile::BYTES;
@@ -28,10 +31,16 @@ __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, c
     const unsigned full = shared_address(behind + (SPLIT > 1 ? 0 : GROUPS * CHUNK * STRIDE * 4)), empty = full + STAGES * 8;
     static_assert(SPLIT == 1 || GROUPS * CHUNK * STRIDE * 4 <= STAGES * (X_BYTES + W_BYTES), "the sums fit the ring");
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int k_tiles = (K + Tile::K - 1) / Tile::K, token_tiles = (tokens + N - 1) / N;
+    const int k_tiles = (K + Tile::K - 1) / Tile::K, token_tiles = GROUPED ? count : (tokens + N - 1) / N;
     const int tiles = token_tiles * ((row_tiles + ROW_TILES - 1) / ROW_TILES);
     const int rank = SPLIT > 1 ? blockIdx.x % SPLIT : 0, first = blockIdx.x / SPLIT, tiles_apart = gridDim.x / SPLIT;
     const int k_first = k_tiles * rank / SPLIT, k_end = k_tiles * (rank + 1) / SPLIT;
+
+    // A tile's expert, first token, and where the tokens end.
+    auto tokens_of = [&](int tile) {
+        const int token = tile % token_tiles * N;
+        return GROUPED ? blocks[tile % token_tiles] : make_int4(0, token, min(token + N, tokens), 0);
+    };
 
     dependents_may_start();
     if (threadIdx.x == 0) {
@@ -45,11 +54,12 @@ __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, c
 
     if (warp >= GROUPS * 4) {
         fewer_registers<BLOCKS == 1 ? 40 : 32>();  // of 168 or 80 that each thread begins with
-        auto bring_weights = [&](int tile, int kt, int stage) {
+        auto bring_weights = [&](int tile, const int4& part, int kt, int stage) {
+            const size_t expert = (size_t)part.x * row_tiles;
 #pragma unroll
             for (int i = warp % 4; i < ROW_TILES; i += 4) {
                 const int row_tile = min(tile / token_tiles * ROW_TILES + i, row_tiles - 1);
-                const unsigned char* from = weights + ((size_t)row_tile * k_tiles + kt) * Tile::BYTES + lane * 16;
+                const unsigned char* from = weights + ((expert + row_tile) * k_tiles + kt) * Tile::BYTES + lane * 16;
                 unsigned char* to = packed + stage * W_BYTES + i * Tile::BYTES + lane * 16;
 #pragma unroll
                 for (int c = 0; c < Tile::BYTES; c += 512)
@@ -57,26 +67,28 @@ __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, c
             }
             mbarrier_arrive_copied(full + stage * 8);
         };
-        auto bring_activations = [&](int tile, int kt, int stage) {
+        auto bring_activations = [&](const int4& part, int kt, int stage) {
             if (threadIdx.x != GROUPS * 128) return;
-            const int token = tile % token_tiles * N, bytes = min(N, padded - token) * 128;
+            const int bytes = (part.z - part.y) * 128;
             mbarrier_expect(full + stage * 8, SLABS * bytes);
 #pragma unroll
             for (int i = 0; i < SLABS; i++)
                 bulk_copy(shared_address(ring + stage * X_BYTES + i * SLAB),
-                          x + ((size_t)(kt * SLABS + i) * padded + token) * 128, bytes, full + stage * 8);
+                          x + ((size_t)(kt * SLABS + i) * padded + part.y) * 128, bytes, full + stage * 8);
         };
         // Weights depend on no other kernel: the first ones come before the predecessor is done.
-        const int early = first < tiles ? min(STAGES, k_end - k_first) : 0;
-        for (int i = 0; i < early; i++) bring_weights(first, k_first + i, i);
+        const int early = !GROUPED && first < tiles ? min(STAGES, k_end - k_first) : 0;
+        for (int i = 0; i < early; i++) bring_weights(first, tokens_of(first), k_first + i, i);
         wait_for_predecessor();
-        for (int i = 0; i < early; i++) bring_activations(first, k_first + i, i);
+        for (int i = 0; i < early; i++) bring_activations(tokens_of(first), k_first + i, i);
         int stage = early % STAGES, phase = early < STAGES;  // the first turn of a stage finds it empty
         for (int tile = first; tile < tiles; tile += tiles_apart) {
+            const int4 part = tokens_of(tile);
+            if (GROUPED && part.y >= part.z) continue;
             for (int kt = k_first + (tile == first ? early : 0); kt < k_end; kt++) {
                 mbarrier_wait(empty + stage * 8, phase);
-                bring_activations(tile, kt, stage);
-                bring_weights(tile, kt, stage);
+                bring_activations(part, kt, stage);
+                bring_weights(tile, part, kt, stage);
                 if (++stage == STAGES) stage = 0, phase ^= 1;
             }
         }
@@ -88,6 +100,7 @@ __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, c
     const int group = warp / 4;
     int stage = 0, phase = 0;
     for (int tile = first; tile < tiles; tile += tiles_apart) {
+        if (GROUPED && blocks[tile % token_tiles].y >= blocks[tile % token_tiles].z) continue;
         float acc[M][N / 2];
         unsigned a[2][M][2][4];
         typename Tile::Raw raw[M];
@@ -148,26 +161,29 @@ __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, c
         const int quads = gated ? ROWS / 8 : ROWS / 4, quad = thread % quads, row_tile = tile / token_tiles * ROW_TILES;
         const int row = gated ? quad / 2 * 16 + quad % 2 * 4 : quad * 4, packed_row = row_tile * 16 + group * ROWS + row;
         const int column = gated ? packed_row / 16 * 8 + packed_row % 8 : packed_row;
-        const int first_token = tile % token_tiles * N;
+        const int4 part = tokens_of(tile);
+        const float* const row_scale = e.row_scale + (size_t)part.x * row_tiles * 16 + packed_row;
+        const float* const bias = e.bias + (size_t)part.x * row_tiles * 16 + packed_row;
         const bool whole = column + 4 <= e.features && e.stride % 4 == 0 && reinterpret_cast<size_t>(e.out) % 16 == 0;
-        auto finished = [&](const float* from, int part) {
-            float4 v = *reinterpret_cast<const float4*>(from + part * 8);
+        auto finished = [&](const float* from, int half) {
+            float4 v = *reinterpret_cast<const float4*>(from + half * 8);
             if (SPLIT > 1) {
                 float4 others[SPLIT];
 #pragma unroll
-                for (int r = 0; r < SPLIT; r++) others[r] = cluster_load(shared_address(from + part * 8), r);
+                for (int r = 0; r < SPLIT; r++) others[r] = cluster_load(shared_address(from + half * 8), r);
                 v = others[0];
 #pragma unroll
                 for (int r = 1; r < SPLIT; r++)
                     v.x += others[r].x, v.y += others[r].y, v.z += others[r].z, v.w += others[r].w;
             }
-            const float4 s = *reinterpret_cast<const float4*>(e.row_scale + packed_row + part * 8);
+            const float4 s = *reinterpret_cast<const float4*>(row_scale + half * 8);
             float4 c = {};
-            if (e.bias) c = *reinterpret_cast<const float4*>(e.bias + packed_row + part * 8);
+            if (e.bias) c = *reinterpret_cast<const float4*>(bias + half * 8);
             return make_float4(v.x * (s.x * e.in_factor) + c.x, v.y * (s.y * e.in_factor) + c.y,
                                v.z * (s.z * e.in_factor) + c.z, v.w * (s.w * e.in_factor) + c.w);
         };
-        auto write = [&](int token, const float4& value) {
+        auto write = [&](int number, const float4& value) {  // of the tile's tokens
+            const int token = part.y + number;
             const size_t at = (size_t)token * e.stride + column;
             const float v[4] = {value.x * e.out_factor, value.y * e.out_factor, value.z * e.out_factor,
                                 value.w * e.out_factor};
@@ -176,8 +192,9 @@ __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, c
             if (e.mode >= STORE_ORDERED) {  // e.features is a multiple of 128
                 const bool interleaved = e.mode == STORE_INTERLEAVED;
                 unsigned* const words = static_cast<unsigned*>(e.out);
-                words[ordered_word(column, token, e.stride / 64, interleaved)] = as_bits(__floats2half2_rn(v[0], v[1]));
-                words[ordered_word(column + 2, token, e.stride / 64, interleaved)] =
+                words[ordered_word(column, token, e.stride / 64, interleaved, number % 8)] =
+                    as_bits(__floats2half2_rn(v[0], v[1]));
+                words[ordered_word(column + 2, token, e.stride / 64, interleaved, number % 8)] =
                     as_bits(__floats2half2_rn(v[2], v[3]));
             } else if (whole) {
                 if (e.mode == STORE_HALF)
@@ -211,8 +228,7 @@ __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, c
             else barrier_wait(1 + group, 128);
 #pragma unroll(SPLIT > 1 ? 2 : 1)
             for (int c = thread / quads * SPLIT + rank; c < CHUNK; c += 128 / quads * SPLIT) {
-                const int token = first_token + chunk * CHUNK + c;
-                if (token >= tokens || column >= e.features) continue;
+                if (part.y + chunk * CHUNK + c >= part.z || column >= e.features) continue;
                 const float* from = own_sums + c * STRIDE + row;
                 float4 v = finished(from, 0);
                 if (gated) {
@@ -220,7 +236,7 @@ __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, c
                     v = make_float4(gated_product(v.x, up.x, e.activation), gated_product(v.y, up.y, e.activation),
                                     gated_product(v.z, up.z, e.activation), gated_product(v.w, up.w, e.activation));
                 } else if (e.activation == RELU2) v = make_float4(relu2(v.x), relu2(v.y), relu2(v.z), relu2(v.w));
-                write(token, v);
+                write(chunk * CHUNK + c, v);
             }
             if constexpr (SPLIT > 1) cluster_arrive(), cluster_wait();
             else barrier_wait(1 + group, 128);

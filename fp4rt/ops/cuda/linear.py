@@ -165,16 +165,19 @@ def linear(device: Device, x: Activation | Normed, weight: CudaLinear, *, activa
         device.kernel("scale_columns", "multiply_halves")(tokens, 256, both, out, weight.out_features,
                                                           ACTIVATIONS[activation], 2.0**inner, 2.0**-exponent, pdl=True)
     elif then is not None and not deterministic and _hands_over(device, tokens, weight, then):
-        interleaved = then.groups[0].layout.interleaved
-        ordered = warpgroup.Ordered.empty(device, (tokens, weight.out_features), interleaved)
-        _launch(device, x, weight.groups[0], ordered.data, STORE_INTERLEAVED if interleaved else STORE_ORDERED, activation,
-                exponent, deterministic)
+        ordered = warpgroup.Ordered.empty(device, (tokens, weight.out_features), then.groups[0].layout.interleaved)
+        _launch(device, x, weight.groups[0], ordered.data, ordered_mode(ordered), activation, exponent, deterministic)
         return Activation(None, exponent, bound, ordered=ordered)
     else:
         out = device.scratch((tokens, weight.out_features), np.float16)
         for group, columns in _columns(weight, out):
             _launch(device, x, group, columns, STORE_HALF, activation, exponent, deterministic)
     return Activation(out, exponent, bound)
+
+
+def ordered_mode(out: warpgroup.Ordered) -> int:
+    """How the epilogue stores what is handed over."""
+    return STORE_INTERLEAVED if out.interleaved else STORE_ORDERED
 
 
 def _hands_over(device: Device, tokens: int, weight: CudaLinear, then: CudaLinear) -> bool:

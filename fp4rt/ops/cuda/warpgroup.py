@@ -52,22 +52,23 @@ class Warpgroups:
         return {"WARPGROUP_ROWS": self.rows, "WARPGROUP_TOKENS": self.tokens, "WARPGROUP_STAGES": self.stages(layout),
                 "WARPGROUP_SPLIT": self.split, "WARPGROUP_BLOCKS": self.blocks, **layout.defines}
 
-    def tiles(self, group: Packed, tokens: int) -> int:
-        return -(-tokens // self.tokens) * -(-group.row_tiles * 16 // self.rows)
+    def tiles(self, group: Packed, token_blocks: int) -> int:
+        return token_blocks * -(-group.row_tiles * 16 // self.rows)
 
     def places(self, device: Device) -> int:
         """Blocks that run at once. Larger clusters leave some SMs of a part of the chip without one."""
         places = device.sm_count * self.blocks
         return places if self.split <= 2 else int(places * (0.97 if self.blocks == 2 else 0.91)) // self.split * self.split
 
-    def time(self, device: Device, group: Packed, tokens: int) -> float:
+    def time(self, device: Device, group: Packed, token_blocks: int) -> float:
         """Microseconds that a call takes, apart from what all variants need."""
-        blocks = self.tiles(group, tokens) * self.split
+        blocks = self.tiles(group, token_blocks) * self.split
         waves = -(-blocks // self.places(device))
         each = self.shared if blocks > device.sm_count else self.alone
         return waves * -(-group.in_features // (128 * self.split)) * each + _SPLIT_TIME[self.split]
 
 
+_EXPERTS = {"EXPERTS": 1}
 _SPLIT_TIME = {1: 0.0, 2: 1.5, 4: 3.0, 8: 4.0}  # microseconds for adding up a cluster's sums
 VARIANTS = (*(Warpgroups(256, 128, split, 1.35, 1.35) for split in (1, 2, 4)),
             *(Warpgroups(128, 128, split, 0.72, 0.72) for split in (1, 2)),
@@ -90,15 +91,27 @@ def variants(capability: int) -> list[tuple[str, dict[str, int], int]]:
 
     if capability != 90:
         return []
-    return [("order", {}, 0), *((layout.stem, variant.defines(layout), variant.shared_bytes(layout))
-                                for layout in LAYOUTS if _runs(layout) for variant in VARIANTS)]
+    return [("order", {}, 0), *((layout.stem, {**experts, **variant.defines(layout)}, variant.shared_bytes(layout))
+                                for layout in LAYOUTS if _runs(layout) for variant in VARIANTS
+                                for experts in ({}, _EXPERTS) if variant.split == 1 or not experts)]
 
 
 def choose(device: Device, group: Packed, tokens: int) -> Warpgroups:
     """The variant that is done first. Each cluster's block needs columns of its own."""
     k_tiles = -(-group.in_features // group.layout.tile_k)
     return min((variant for variant in VARIANTS if variant.split <= k_tiles),
-               key=lambda variant: variant.time(device, group, tokens))
+               key=lambda variant: variant.time(device, group, -(-tokens // variant.tokens)))
+
+
+def choose_grouped(device: Device, up: Packed, down: Packed, pairs: int) -> tuple[Warpgroups, Warpgroups]:
+    """For pairs grouped by expert, with blocks of as many tokens: the most that an average expert half fills."""
+    whole = [variant for variant in VARIANTS if variant.split == 1]
+    sizes = sorted({variant.tokens for variant in whole})
+    size = max((size for size in sizes if pairs >= size // 2 * up.experts), default=sizes[0])
+    blocks = pairs // size + min(pairs, up.experts) // 2
+    first, second = (min((variant for variant in whole if variant.tokens == size),
+                         key=lambda variant: variant.time(device, packed, blocks)) for packed in (up, down))
+    return first, second
 
 
 @dataclass(frozen=True)
@@ -130,9 +143,29 @@ def launch(device: Device, x: Ordered, group: Packed, out: cupy.ndarray, epilogu
     """x @ W^T to `out`; epilogue: from row_scale on, as kernels/linear.cuh says."""
     tokens, k = x.shape
     variant = choose(device, group, tokens)
-    blocks = variant.tiles(group, tokens) * variant.split
+    blocks = variant.tiles(group, -(-tokens // variant.tokens)) * variant.split
     if variant.split == 1:
         blocks = min(blocks, variant.places(device))  # each goes through several tiles
     device.kernel(group.layout.stem, "many_warpgroups", **variant.defines(group.layout))(
         blocks, _THREADS, group.tiles, x.data, tokens, x.padded, k, group.row_tiles, out, *epilogue,
         shared=variant.shared_bytes(group.layout), pdl=True)
+
+
+def order_grouped(device: Device, x: cupy.ndarray, rows: cupy.ndarray | None, blocks: cupy.ndarray, pairs: int,
+                  layout: Layout, block_size: int) -> Ordered:
+    """x fp16 for experts' linears: pair i is of row rows[i] of x, or of row i; blocks int32 [., 4] as experts.cu says."""
+    y = Ordered.empty(device, (pairs, x.shape[1]), layout.interleaved, layout.tile_k)
+    slabs = y.data.shape[0]
+    device.kernel("order", "order_experts")((-(-slabs // 2), blocks.shape[0], -(-block_size // _TOKENS)),
+                                            _TOKENS * _STEPS, x, rows, blocks, y.data, y.padded, x.shape[1], slabs,
+                                            int(y.interleaved), pdl=True)
+    return y
+
+
+def launch_grouped(device: Device, x: Ordered, blocks: cupy.ndarray, packed: Packed, variant: Warpgroups,
+                   out: cupy.ndarray, epilogue: tuple) -> None:
+    """Each pair's x @ W^T of its expert."""
+    grid = min(variant.tiles(packed, blocks.shape[0]), variant.places(device))
+    device.kernel(packed.layout.stem, "many_experts_warpgroups", **_EXPERTS, **variant.defines(packed.layout))(
+        grid, _THREADS, packed.tiles, x.data, blocks, blocks.shape[0], x.padded, packed.in_features, packed.row_tiles,
+        out, *epilogue, shared=variant.shared_bytes(packed.layout), pdl=True)

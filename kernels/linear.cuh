@@ -485,8 +485,8 @@ __device__ __forceinline__ void record_norm(float sum, unsigned* largest) {
 #include "linear_wgmma.cuh"
 #define WARPGROUP_BOUNDS __cluster_dims__(WARPGROUP_SPLIT) __launch_bounds__(384, WARPGROUP_BLOCKS)
 #define WARPGROUP_TILES(Tile, GROUPED)                                                                                 \
-    warpgroup_tokens<Tile, WARPGROUP_ROWS / 128, WARPGROUP_TOKENS, WARPGROUP_STAGES, WARPGROUP_SPLIT, WARPGROUP_BLOCKS,  \
-                     GROUPED>
+    warpgroup_tokens<Tile, WARPGROUP_ROWS / 128, WARPGROUP_TOKENS, WARPGROUP_STAGES, WARPGROUP_SPLIT,                  \
+                     WARPGROUP_BLOCKS, GROUPED>
 #endif
 
 #if defined(WARPGROUP_STAGES) && defined(EXPERTS)

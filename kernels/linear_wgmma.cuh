@@ -3,14 +3,15 @@
 // Weights are the A operand, from registers: a warp's 16 rows of a product are a row tile, decoded as for `mma`. The
 // activations are B, in shared memory, in the order of order.cuh: a block's part of a slab is contiguous.
 //
-// One warpgroup brings weights and, by bulk copies, activations into a ring of STAGES tiles' columns. Two others compute
-// M * 64 rows each for N tokens, and decode a step's weights while the products of the steps before are running. Blocks
-// go through the tiles of the output, tokens fastest, so that weights come from memory once.
+// One warpgroup brings weights and, by bulk copies, activations into a ring of STAGES tiles' columns. Two others
+// compute M * 64 rows each for N tokens, and decode a step's weights while the products of the step before are running.
+// Blocks go through the tiles of the output, tokens fastest, so that weights come from memory once.
 //
-// GROUPED: tokens are pairs grouped by expert, in `count` blocks of N {expert, first, end}; x is ordered block by block.
+// GROUPED: tokens are pairs grouped by expert, in `count` blocks of up to N {expert, first, end}, and x is ordered block
+// by block.
 //
-// SPLIT blocks, a cluster, share a tile's columns, SPLIT at most; their sums are added in order of rank, through shared
-// memory. BLOCKS: how many blocks share an SM.
+// SPLIT blocks, a cluster, share a tile's columns; each has one tile at least. Their sums are added in order of rank,
+// through shared memory. BLOCKS: how many blocks share an SM.
 //
 // Dynamic shared memory: activations [STAGES][Tile::K / 64][N][64] halves; weights [STAGES][row tiles][Tile::BYTES];
 // sums [2][tokens at a time][M * 64 + 4] floats (SPLIT: in their place); barriers [2][STAGES].
@@ -28,7 +29,8 @@ __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, c
     unsigned char* const packed = ring + STAGES * X_BYTES;
     unsigned char* const behind = packed + STAGES * W_BYTES;
     float* const sums = reinterpret_cast<float*>(SPLIT > 1 ? ring : behind);
-    const unsigned full = shared_address(behind + (SPLIT > 1 ? 0 : GROUPS * CHUNK * STRIDE * 4)), empty = full + STAGES * 8;
+    const unsigned full = shared_address(behind + (SPLIT > 1 ? 0 : GROUPS * CHUNK * STRIDE * 4));
+    const unsigned empty = full + STAGES * 8;
     static_assert(SPLIT == 1 || GROUPS * CHUNK * STRIDE * 4 <= STAGES * (X_BYTES + W_BYTES), "the sums fit the ring");
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int k_tiles = (K + Tile::K - 1) / Tile::K, token_tiles = GROUPED ? count : (tokens + N - 1) / N;
@@ -158,8 +160,9 @@ __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, c
 
         // The sums go through shared memory, some tokens at a time, and come back as four rows of a token. Gated: four
         // rows of the gate and, eight rows further, four of the other part.
-        const int quads = gated ? ROWS / 8 : ROWS / 4, quad = thread % quads, row_tile = tile / token_tiles * ROW_TILES;
-        const int row = gated ? quad / 2 * 16 + quad % 2 * 4 : quad * 4, packed_row = row_tile * 16 + group * ROWS + row;
+        const int quads = gated ? ROWS / 8 : ROWS / 4, quad = thread % quads;
+        const int row = gated ? quad / 2 * 16 + quad % 2 * 4 : quad * 4;
+        const int packed_row = tile / token_tiles * ROW_TILES * 16 + group * ROWS + row;
         const int column = gated ? packed_row / 16 * 8 + packed_row % 8 : packed_row;
         const int4 part = tokens_of(tile);
         const float* const row_scale = e.row_scale + (size_t)part.x * row_tiles * 16 + packed_row;
@@ -200,7 +203,8 @@ __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, c
                 if (e.mode == STORE_HALF)
                     *reinterpret_cast<uint2*>(halves) = make_uint2(as_bits(__floats2half2_rn(v[0], v[1])),
                                                                    as_bits(__floats2half2_rn(v[2], v[3])));
-                else if (e.mode == STORE_FLOAT) *reinterpret_cast<float4*>(floats) = make_float4(v[0], v[1], v[2], v[3]);
+                else if (e.mode == STORE_FLOAT)
+                    *reinterpret_cast<float4*>(floats) = make_float4(v[0], v[1], v[2], v[3]);
                 else add_four(floats, v[0], v[1], v[2], v[3]);
             } else {
 #pragma unroll
@@ -224,7 +228,7 @@ __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, c
                 }
             }
             if (chunk == 0 && thread % 32 == 0) mbarrier_arrive(empty + last * 8);
-            if constexpr (SPLIT > 1) cluster_arrive(), cluster_wait();
+            if constexpr (SPLIT > 1) cluster_barrier();
             else barrier_wait(1 + group, 128);
 #pragma unroll(SPLIT > 1 ? 2 : 1)
             for (int c = thread / quads * SPLIT + rank; c < CHUNK; c += 128 / quads * SPLIT) {
@@ -238,7 +242,7 @@ __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, c
                 } else if (e.activation == RELU2) v = make_float4(relu2(v.x), relu2(v.y), relu2(v.z), relu2(v.w));
                 write(chunk * CHUNK + c, v);
             }
-            if constexpr (SPLIT > 1) cluster_arrive(), cluster_wait();
+            if constexpr (SPLIT > 1) cluster_barrier();
             else barrier_wait(1 + group, 128);
         }
     }

@@ -39,8 +39,9 @@ extern "C" __global__ void __launch_bounds__(256)
     if (token < tokens) order_step(x + (size_t)token * K, y, token, token % 8, padded, K, slabs, interleaved);
 }
 
-// The same for pairs grouped by expert: blocks of them {expert, first, end} as experts.cu makes them, each swizzled from
-// its first one. Pair i is of row rows[i] of x, or (rows null) of row i. Grid: (ceil(slabs / 2), blocks, parts of a block).
+// The same for pairs grouped by expert: blocks of them {expert, first, end} as experts.cu makes them, each swizzled
+// from its first one. Pair i is of row rows[i] of x, or (rows null) of row i. Grid: (ceil(slabs / 2), blocks, parts of
+// 64 pairs).
 extern "C" __global__ void __launch_bounds__(256)
     order_experts(const __half* x, const int* rows, const int4* blocks, uint4* y, int padded, int K, int slabs,
                   int interleaved) {

@@ -22,8 +22,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         const float4 w = weight ? reinterpret_cast<const float4*>(weight)[i] : make_float4(1, 1, 1, 1);
         const uint2 four = normed(reinterpret_cast<const float4*>(x)[i], scale, w);
         if (padded) {
-            reinterpret_cast<unsigned*>(y)[ordered_word(4 * i, blockIdx.x, padded, interleaved, blockIdx.x % 8)] = four.x;
-            reinterpret_cast<unsigned*>(y)[ordered_word(4 * i + 2, blockIdx.x, padded, interleaved, blockIdx.x % 8)] = four.y;
+            unsigned* const words = reinterpret_cast<unsigned*>(y);
+            words[ordered_word(4 * i, blockIdx.x, padded, interleaved, blockIdx.x % 8)] = four.x;
+            words[ordered_word(4 * i + 2, blockIdx.x, padded, interleaved, blockIdx.x % 8)] = four.y;
         } else reinterpret_cast<uint2*>(y)[i] = four;
     }
     for (int i = 4 * quads + threadIdx.x; i < d; i += THREADS)

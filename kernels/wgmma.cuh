@@ -10,7 +10,9 @@ __device__ __forceinline__ void mbarrier_init(unsigned barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(barrier), "r"(arrivals) : "memory");
 }
 // Makes initialised barriers visible to the copy engine.
-__device__ __forceinline__ void mbarrier_publish() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void mbarrier_publish() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 __device__ __forceinline__ void mbarrier_arrive(unsigned barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
 }
@@ -40,8 +42,10 @@ __device__ __forceinline__ void add_four(float* to, float a, float b, float c, f
 
 // -- Clusters -----------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// Every block's threads have come, those that ended aside, and see what all wrote.
+__device__ __forceinline__ void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 // Four floats at the same shared address in the cluster's block `rank`.
 __device__ __forceinline__ float4 cluster_load(unsigned shared, int rank) {
     float4 v;
@@ -69,8 +73,8 @@ template <int COUNT> __device__ __forceinline__ void fewer_registers() {
 
 // -- Matrix products ----------------------------------------------------------------------------------------------
 
-// Describes B in shared memory: columns of 64 consecutive halves of k, 128 bytes each, whose 16-byte chunk c of column n
-// lies at c ^ (n % 8); 8 columns are 1024 bytes, and so is the alignment. A step of 16 along k is two units further.
+// Describes B in shared memory: columns of 64 consecutive halves of k, 128 bytes each; 16-byte chunk c of column n lies
+// at c ^ (n % 8); 8 columns are 1024 bytes, and so is the alignment. A step of 16 along k is two units further.
 __device__ __forceinline__ unsigned long long swizzled_columns(unsigned address) {
     return (1ull << 62) | (64ull << 32) | (1ull << 16) | (address >> 4);
 }
@@ -92,21 +96,18 @@ template <int COUNT> __device__ __forceinline__ void wgmma_settled(float (&d)[CO
 template <int N>
 __device__ void wgmma(float (&d)[N / 2], const unsigned (&a)[4], unsigned long long b, bool accumulate);
 
-#define REGISTERS_8(i)  \
-    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define REGISTERS_8(i)                                                                                                 \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]),        \
+        "+f"(d[i + 7])
 #define REGISTERS_16(i) REGISTERS_8(i), REGISTERS_8(i + 8)
 #define REGISTERS_32(i) REGISTERS_16(i), REGISTERS_16(i + 16)
 #define REGISTERS_64(i) REGISTERS_32(i), REGISTERS_32(i + 32)
 #define OPERANDS_8 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define OPERANDS_16 OPERANDS_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define OPERANDS_32 OPERANDS_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define OPERANDS_64 OPERANDS_32  \
-    ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47" \
+#define OPERANDS_64 OPERANDS_32                                                                                        \
+    ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"                                                 \
     ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define REGISTERS_96(i) REGISTERS_64(i), REGISTERS_32(i + 64)
-#define REGISTERS_128(i) REGISTERS_64(i), REGISTERS_64(i + 64)
-#define OPERANDS_96 OPERANDS_64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79" ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
-#define OPERANDS_128 OPERANDS_96 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111" ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 #define WGMMA(N, D, A0, A1, A2, A3, B, ACCUMULATE)                                                                     \
     template <>                                                                                                        \
     __device__ __forceinline__ void wgmma<N>(float (&d)[D], const unsigned (&a)[4], unsigned long long b, bool acc) {  \
@@ -120,6 +121,4 @@ WGMMA(16, 8, 8, 9, 10, 11, 12, 13)
 WGMMA(32, 16, 16, 17, 18, 19, 20, 21)
 WGMMA(64, 32, 32, 33, 34, 35, 36, 37)
 WGMMA(128, 64, 64, 65, 66, 67, 68, 69)
-WGMMA(192, 96, 96, 97, 98, 99, 100, 101)
-WGMMA(256, 128, 128, 129, 130, 131, 132, 133)
 #undef WGMMA

@@ -1,4 +1,4 @@
-"""Linears of more than a few tokens on sm_90a: activations in the order of warpgroup products, and which variant runs."""
+"""Linears of more than a few tokens on sm_90a: activations in the order of warpgroup products; which variant runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TOKENS, _STEPS = 64, 4  # of a block of the `order` kernel: each thread takes 3
 
 @dataclass(frozen=True)
 class Warpgroups:
-    """A variant of kernels/linear_wgmma.cuh: rows and tokens of a block's tile; blocks, a cluster, that share its columns.
+    """A variant of kernels/linear_wgmma.cuh: rows and tokens of a block's tile; blocks, a cluster, that share its K.
 
     alone, shared: microseconds for 128 columns where a block has an SM to itself, and where two share one: measured on
     an H100 with the NVFP4 linears of Llama-3.1-8B. Blocks of many sums have an SM to themselves.
@@ -58,7 +58,9 @@ class Warpgroups:
     def places(self, device: Device) -> int:
         """Blocks that run at once. Larger clusters leave some SMs of a part of the chip without one."""
         places = device.sm_count * self.blocks
-        return places if self.split <= 2 else int(places * (0.97 if self.blocks == 2 else 0.91)) // self.split * self.split
+        if self.split > 2:
+            places = int(places * (0.97 if self.blocks == 2 else 0.91))
+        return places // self.split * self.split
 
     def time(self, device: Device, group: Packed, token_blocks: int) -> float:
         """Microseconds that a call takes, apart from what all variants need."""
@@ -73,7 +75,8 @@ _SPLIT_TIME = {1: 0.0, 2: 1.5, 4: 3.0, 8: 4.0}  # microseconds for adding up a c
 VARIANTS = (*(Warpgroups(256, 128, split, 1.35, 1.35) for split in (1, 2, 4)),
             *(Warpgroups(128, 128, split, 0.72, 0.72) for split in (1, 2)),
             *(Warpgroups(128, tokens, split, alone, shared)
-              for tokens, alone, shared in ((64, 0.5, 0.8), (32, 0.42, 0.62), (16, 0.4, 0.55)) for split in (1, 2, 4, 8)))
+              for tokens, alone, shared in ((64, 0.5, 0.8), (32, 0.42, 0.62), (16, 0.4, 0.55))
+              for split in (1, 2, 4, 8)))
 
 
 def runs(device: Device, layout: Layout) -> bool:
@@ -153,7 +156,7 @@ def launch(device: Device, x: Ordered, group: Packed, out: cupy.ndarray, epilogu
 
 def order_grouped(device: Device, x: cupy.ndarray, rows: cupy.ndarray | None, blocks: cupy.ndarray, pairs: int,
                   layout: Layout, block_size: int) -> Ordered:
-    """x fp16 for experts' linears: pair i is of row rows[i] of x, or of row i; blocks int32 [., 4] as experts.cu says."""
+    """x fp16 for experts' linears: pair i is of row rows[i], or of row i; blocks int32 [., 4] as experts.cu says."""
     y = Ordered.empty(device, (pairs, x.shape[1]), layout.interleaved, layout.tile_k)
     slabs = y.data.shape[0]
     device.kernel("order", "order_experts")((-(-slabs // 2), blocks.shape[0], -(-block_size // _TOKENS)),

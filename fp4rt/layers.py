@@ -104,7 +104,7 @@ class GatedMLP:
         self.down_proj = load.linear(scope, {"down_proj": hidden}, inner, bias=bias)
 
     def __call__(self, h: Any, norm: Any) -> Any:
-        x = self.ops.linear(h, self.gate_up_proj, norm=norm, activation="silu")
+        x = self.ops.linear(h, self.gate_up_proj, norm=norm, activation="silu", then=self.down_proj)
         return self.ops.linear(x, self.down_proj, residual=h)
 
 

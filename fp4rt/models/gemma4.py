@@ -140,7 +140,8 @@ class MLP:
         self.down_proj = load.linear(scope, {"down_proj": hidden}, inner)
 
     def __call__(self, h: Any, norm: Any) -> Any:
-        return self.ops.linear(self.ops.linear(h, self.gate_up_proj, norm=norm, activation="gelu_tanh"), self.down_proj)
+        x = self.ops.linear(h, self.gate_up_proj, norm=norm, activation="gelu_tanh", then=self.down_proj)
+        return self.ops.linear(x, self.down_proj)
 
 
 class MoE:

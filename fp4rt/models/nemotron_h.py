@@ -156,7 +156,7 @@ class MLP:
 
     def __call__(self, h: Any, norm: Any, batch: Any = None, memory: Any = None, *, onto: Any = None) -> Any:
         """h + mlp(norm(h)), or onto + mlp(norm(h))."""
-        x = self.ops.linear(h, self.up_proj, norm=norm, activation="relu2")
+        x = self.ops.linear(h, self.up_proj, norm=norm, activation="relu2", then=self.down_proj)
         return self.ops.linear(x, self.down_proj, residual=h if onto is None else onto)
 
 

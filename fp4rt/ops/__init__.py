@@ -218,12 +218,13 @@ class Ops(Protocol):
         """Residual float32 [T, d]: the rows of the table."""
 
     def linear(self, x: Handle, weight: Linear, *, norm: Handle | None = None, activation: str | None = None,
-               residual: Handle | None = None) -> Handle:
+               residual: Handle | None = None, then: Linear | None = None) -> Handle:
         """y = x @ W^T + bias, [T, K] -> [T, N], with its neighbours.
 
         norm: x is the residual stream and is RMS-normed first (without it, x is an activation).
         activation: one of ACTIVATIONS; the gated ones halve N.
         residual: returns residual + y (float32); the residual handed in is used up.
+        then: the linear that takes y next, as nothing else does: y may come in an order of that linear's own.
         """
 
     def attention(self, qkv: Handle, batch: Handle, pages: Handle, shape: AttentionShape, *, rope: Handle | None,

@@ -290,7 +290,7 @@ class ReferenceOps:
         weight, scale = table
         return np.concatenate([weight.dequantize(slice(token, token + 1)) for token in batch.tokens.tolist()]) * scale
 
-    def linear(self, x, weight, *, norm=None, activation=None, residual=None):
+    def linear(self, x, weight, *, norm=None, activation=None, residual=None, then=None):
         if norm is not None:
             x = rms_norm(x, norm.weight, norm.eps)
         columns = []

@@ -172,7 +172,7 @@ class CpuOps(ReferenceOps):
         weight, scale = table
         return np.ascontiguousarray(weight.dequantize(batch.tokens)) * scale
 
-    def linear(self, x, weight, *, norm=None, activation=None, residual=None):
+    def linear(self, x, weight, *, norm=None, activation=None, residual=None, then=None):
         if activation not in (None, *ACTIVATIONS) or (activation not in (None, "relu2")) != weight.gated:
             kind = "a gated" if weight.gated else "an ungated"
             raise Fp4rtError("request", f"activation {activation!r} with {kind} weight")

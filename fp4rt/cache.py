@@ -31,7 +31,7 @@ def describe(shape: Memory) -> str:
     if shape is None:
         return "no memory"
     notes = [f"window {shape.window}" if shape.window else "", "values are keys" if shape.values_are_keys else "",
-             "reads another layer's" if shape.shares is not None else ""]
+             "reads another layer's" if shape.shares is not None else "", "K/V in FP8" if shape.fp8_scales else ""]
     return ", ".join([f"attention of {shape.num_heads} heads on {shape.num_kv_heads} of {shape.head_dim}",
                       *filter(None, notes)])
 

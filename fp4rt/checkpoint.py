@@ -259,8 +259,9 @@ class Checkpoint:
             self._checker = None
 
     def skip(self, name: str, reason: str) -> None:
-        """Note that a tensor is deliberately not used, and why."""
-        self.skipped[name] = reason
+        """Note that a tensor is deliberately not used, and why; one that has been read is."""
+        if name not in self._read:
+            self.skipped[name] = reason
 
     def unread(self) -> list[str]:
         """The tensors that nothing asked for."""

@@ -65,7 +65,8 @@ class Inspection:
 
 
 def inspect(path: str | Path, *, device: str = "auto", arch: str | None = None, gpu_memory: int | str | None = None,
-            max_model_len: int | None = None, deterministic: bool = False, scale_layout: str = "auto") -> Inspection:
+            max_model_len: int | None = None, deterministic: bool = False, scale_layout: str = "auto",
+            kv_dtype: str = "auto") -> Inspection:
     """Plan what `load` would do with these arguments for a checkpoint directory. Raises Fp4rtError where it would."""
     checkpoint = Headers(path, scale_layout=scale_layout)
     config, sizes = read_config(checkpoint)
@@ -73,7 +74,7 @@ def inspect(path: str | Path, *, device: str = "auto", arch: str | None = None, 
     check_context(max_model_len, longest)
     room = max_model_len or min(longest, DEFAULT_CONTEXT)
     ops = planning_ops(device, arch, parse_size(gpu_memory), deterministic)
-    loader = Loader(ops)
+    loader = Loader(ops, kv_dtype)
     model = load_model(checkpoint, loader, room)
     plan = Plan(ops, model.memory)
     workspace = reserve_workspace(ops, model, plan, room, ops.step_tokens)

@@ -69,9 +69,9 @@ class Timing:
 
 
 def load(model: str | Path, *, device: str = "auto", arch: str | None = None, max_model_len: int | None = None,
-         gpu_memory: int | str | None = None, deterministic: bool = False, scale_layout: str = "auto",
-         revision: str | None = None, lm_head: str | None = None, requantize: str | None = None,
-         kv_tokens: int | str | None = None, max_num_seqs: int | None = None,
+         gpu_memory: int | str | None = None, deterministic: bool = False, kv_dtype: str = "auto",
+         scale_layout: str = "auto", revision: str | None = None, lm_head: str | None = None,
+         requantize: str | None = None, kv_tokens: int | str | None = None, max_num_seqs: int | None = None,
          max_num_batched_tokens: int | None = None, prefix_caching: bool = True, speculate: int = 0,
          progress: Callable[[Iterable[int]], Iterable[int]] = lambda items: items) -> LLM:
     """Load a checkpoint: a directory, a Hugging Face repository id, or "demo".
@@ -81,6 +81,8 @@ def load(model: str | Path, *, device: str = "auto", arch: str | None = None, ma
     max_model_len: tokens of context to make room for; by default min(the model's, 8192, what free memory allows).
     gpu_memory: bytes (or "14.5GiB") that weights, cache and workspace may take together.
     deterministic: bit-equal tokens under any batching, at a cost. scale_layout: "auto", "linear" or "swizzled".
+    kv_dtype: "auto" keeps keys and values in fp16 (on a CPU in float32), "fp8" in one byte each: E4M3, by the
+    checkpoint's scales where it has them.
     lm_head: "nvfp4" or "fp8": quantize an unquantized head as it is loaded. requantize: "bf16-layers=nvfp4" or
     "bf16-layers=fp8": so for the other unquantized linears, but routers. Both trade quality for speed.
     kv_tokens: tokens that all sequences together may remember; by default max_model_len, "all": as many as memory
@@ -108,7 +110,7 @@ def load(model: str | Path, *, device: str = "auto", arch: str | None = None, ma
     room = max_model_len or min(longest, DEFAULT_CONTEXT)
     ops = make_ops(device, arch, budget, deterministic)
     try:
-        loader = Loader(ops, requantizer) if requantizer else Loader(ops)
+        loader = Loader(ops, kv_dtype, *([requantizer] if requantizer else []))
         decoder = load_model(checkpoint, loader, room, progress)
         if requantizer:
             requantizer.finish()

@@ -5,7 +5,7 @@
 
 struct Fp4Codes {
     static constexpr int K = 128, PLANES = 1, CODE_BYTES = 1024;
-    static constexpr bool BLOCK_SCALED = false;
+    static constexpr bool BLOCK_SCALED = false, FRAGMENTS = false;
 
     // The bit order in a word makes this 11 integer operations for 8 codes: see `arrange`.
     static __device__ __forceinline__ void spread(unsigned w, unsigned (&h)[4]) {

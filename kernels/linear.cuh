@@ -7,6 +7,7 @@
 //   load(raw, tile, lane)         reads it from shared memory
 //   load_pair(raw, tile, lane, p) reads what steps 2p and 2p+1 need of it
 //   decode<plane>(raw, step, a)   the A fragments of the two mma of a step; a weight is the sum of PLANES planes
+//   FRAGMENTS                     whether a Raw holds them as they are
 //   BLOCK_SCALED, row_scale(raw)  whether float32 scales of rows g and g+8 apply to this tile's sum
 //   position(c)                   where the 16-byte chunk c of a token's Tile::K activations lies in shared memory, so
 //                                 that lane t finds those of its step at chunk 4 * step + t
@@ -16,13 +17,13 @@
 #include "activation.cuh"
 #include "norm.cuh"
 
-enum Output { STORE_HALF = 0, STORE_FLOAT = 1, ADD_FLOAT = 2 };
+enum Output { STORE_HALF = 0, STORE_FLOAT = 1, ADD_FLOAT = 2, STORE_ORDERED = 3, STORE_INTERLEAVED = 4 };  // order.cuh
 
 struct Epilogue {
     void* out;               // [T, stride] half or float
     const float* row_scale;  // of packed rows: what the format leaves to the end
     const float* bias;       // of packed rows, or null
-    int stride;              // elements between tokens
+    int stride;              // elements between tokens, of ordered ones between slabs
     int features;            // output columns (of the product for a gated pair)
     int mode;                // Output
     int activation;          // ActivationKind
@@ -480,7 +481,31 @@ __device__ __forceinline__ void record_norm(float sum, unsigned* largest) {
 #define MANY_BOUNDS __launch_bounds__(MANY_ROW_WARPS* MANY_TOKEN_WARPS * 32, 1)
 #endif
 
-#if defined(MANY_STAGES) && defined(EXPERTS)
+#ifdef WARPGROUP_STAGES
+#include "linear_wgmma.cuh"
+#define WARPGROUP_BOUNDS __cluster_dims__(WARPGROUP_SPLIT) __launch_bounds__(384, WARPGROUP_BLOCKS)
+#define WARPGROUP_TILES(Tile, GROUPED)                                                                                 \
+    warpgroup_tokens<Tile, WARPGROUP_ROWS / 128, WARPGROUP_TOKENS, WARPGROUP_STAGES, WARPGROUP_SPLIT,                  \
+                     WARPGROUP_BLOCKS, GROUPED>
+#endif
+
+#if defined(WARPGROUP_STAGES) && defined(EXPERTS)
+#define LINEAR_ENTRIES(Tile)                                                                                           \
+    extern "C" __global__ void WARPGROUP_BOUNDS                                                                        \
+        many_experts_warpgroups(const unsigned char* weights, const unsigned char* x, const int4* blocks, int count,   \
+                                int padded, int K, int row_tiles, EPILOGUE_PARAMETERS) {                               \
+        const Epilogue e = EPILOGUE;                                                                                   \
+        WARPGROUP_TILES(Tile, true)(weights, x, 0, padded, K, row_tiles, blocks, count, e);                            \
+    }
+#elif defined(WARPGROUP_STAGES)
+#define LINEAR_ENTRIES(Tile)                                                                                           \
+    extern "C" __global__ void WARPGROUP_BOUNDS                                                                        \
+        many_warpgroups(const unsigned char* weights, const unsigned char* x, int tokens, int padded, int K,           \
+                        int row_tiles, EPILOGUE_PARAMETERS) {                                                          \
+        const Epilogue e = EPILOGUE;                                                                                   \
+        WARPGROUP_TILES(Tile, false)(weights, x, tokens, padded, K, row_tiles, nullptr, 0, e);                         \
+    }
+#elif defined(MANY_STAGES) && defined(EXPERTS)
 #define LINEAR_ENTRIES(Tile)                                                                                           \
     extern "C" __global__ void MANY_BOUNDS                                                                             \
         many_experts(const unsigned char* weights, const __half* x, const int* rows, const int4* blocks, int K,        \

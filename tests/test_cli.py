@@ -160,12 +160,12 @@ def test_every_option_reaches_the_library(monkeypatch):
                  "--top-p", 0.25, "--min-p", 0.125, "--repetition-penalty", 1.5, "--presence-penalty", 0.75,
                  "--frequency-penalty", -0.5, "--seed", 9, "--stop", "x", "--stop", "y", "--ignore-eos",
                  "--device", "cuda", "--arch", "sm_75", "--gpu-memory", "14.5GiB", "--max-model-len", 99,
-                 "--deterministic", "--scale-layout", "swizzled", "--revision", "main", "--lm-head", "fp8",
-                 "--requantize", "bf16-layers=nvfp4", "--speculate", 4)
+                 "--deterministic", "--kv-dtype", "fp8", "--scale-layout", "swizzled", "--revision", "main",
+                 "--lm-head", "fp8", "--requantize", "bf16-layers=nvfp4", "--speculate", 4)
     assert (result.exit_code, result.stdout) == (0, "ab\n")
     assert seen == {
         "model": "owner/name", "prompt": "hello", "device": "cuda", "arch": "sm_75", "gpu_memory": "14.5GiB",
-        "max_model_len": 99, "deterministic": True, "scale_layout": "swizzled", "revision": "main",
+        "max_model_len": 99, "deterministic": True, "kv_dtype": "fp8", "scale_layout": "swizzled", "revision": "main",
         "lm_head": "fp8", "requantize": "bf16-layers=nvfp4", "speculate": 4,
         "sampling": fp4rt.Sampling(3, 0.5, 4, 0.25, 0.125, 1.5, 0.75, -0.5, 9, ("x", "y"), True)}
     assert run("generate", "owner/name", "hello", "-q").exit_code == 0 and seen["sampling"] == fp4rt.Sampling()

@@ -77,7 +77,7 @@ def load_model(checkpoint: Checkpoint, load: Loader, max_positions: int,
         if name.endswith("rotary_emb.inv_freq"):
             checkpoint.skip(name, "an old export's rotary table, which follows from the config")
         elif name.endswith(("kv_scale", "k_scale", "v_scale")):
-            checkpoint.skip(name, "keys and values are not quantized here")
+            checkpoint.skip(name, "keys and values are not in FP8 (--kv-dtype fp8)")
         elif tied and name.startswith("lm_head."):
             checkpoint.skip(name, "the head is tied to the embedding")
         elif reason := skipped(name, sizes):

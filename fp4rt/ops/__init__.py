@@ -32,6 +32,8 @@ class AttentionShape:
     Query head h reads K/V head h // (num_heads // num_kv_heads).
     values_are_keys: there is no v in the input; the values are the raw keys (Gemma 4's K=V layers).
     shares: the layer whose pages this one reads instead of writing its own; its input is q alone.
+    fp8_scales: (k, v) of pages in FP8: E4M3 codes of k and v divided by these, to nearest, saturating at 448 times the
+    scale; what is read is code times scale. None for pages in the backend's own precision.
     """
 
     num_heads: int
@@ -41,6 +43,7 @@ class AttentionShape:
     window: int | None = None
     values_are_keys: bool = False
     shares: int | None = None
+    fp8_scales: tuple[float, float] | None = None
 
     @property
     def input_width(self) -> int:
@@ -199,6 +202,7 @@ class Ops(Protocol):
     def kv_pages(self, shape: AttentionShape, num_pages: int, group: int = 0) -> Handle:
         """Room for the keys and values of one layer: each [num_pages, num_kv_heads, PAGE_TOKENS, head_dim].
 
+        float32 on `reference` and `cpu`, fp16 on `cuda`, or one byte each where the shape has fp8_scales.
         group: which of the batch's page tables numbers them.
         """
 
@@ -214,12 +218,13 @@ class Ops(Protocol):
         """Residual float32 [T, d]: the rows of the table."""
 
     def linear(self, x: Handle, weight: Linear, *, norm: Handle | None = None, activation: str | None = None,
-               residual: Handle | None = None) -> Handle:
+               residual: Handle | None = None, then: Linear | None = None) -> Handle:
         """y = x @ W^T + bias, [T, K] -> [T, N], with its neighbours.
 
         norm: x is the residual stream and is RMS-normed first (without it, x is an activation).
         activation: one of ACTIVATIONS; the gated ones halve N.
         residual: returns residual + y (float32); the residual handed in is used up.
+        then: the linear that takes y next, as nothing else does: y may come in an order of that linear's own.
         """
 
     def attention(self, qkv: Handle, batch: Handle, pages: Handle, shape: AttentionShape, *, rope: Handle | None,

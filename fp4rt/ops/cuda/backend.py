@@ -116,11 +116,12 @@ class CudaOps:
         return embedding.embed(self.gpu, work.tokens, table)
 
     def linear(self, x: cupy.ndarray | Activation, weight: linear.CudaLinear, *, norm: rms_norm.Norm | None = None,
-               activation: str | None = None, residual: cupy.ndarray | None = None) -> cupy.ndarray | Activation:
+               activation: str | None = None, residual: cupy.ndarray | None = None,
+               then: linear.CudaLinear | None = None) -> cupy.ndarray | Activation:
         if norm is not None:
             x = rms_norm.Normed(x, norm)
         y = linear.linear(self.gpu, x, weight, activation=activation, residual=residual,
-                          deterministic=self.deterministic)
+                          deterministic=self.deterministic, then=then)
         return y if norm is not None or x.rows is None else dataclasses.replace(y, rows=x.rows)
 
     def attention(self, qkv: Activation, work: batch.DeviceBatch, pages: attention.Pages, shape: AttentionShape, *,

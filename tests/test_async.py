@@ -222,17 +222,17 @@ def test_logprobs_are_those_of_the_logits(device: str):
 
 
 class Counting:
-    """Allows 5, then 6, then 7, and is done."""
+    """Allows 5, then 6, then 7, and is done; or nothing any more once it comes to `dead_end`."""
 
-    def __init__(self, broken: bool = False):
-        self.next, self.broken = 5, broken
+    def __init__(self, dead_end: int = 0):
+        self.next, self.dead_end = 5, dead_end
 
     @property
     def finished(self) -> bool:
         return self.next == 8
 
     def mask(self, words: np.ndarray) -> None:
-        if not self.broken:
+        if self.next != self.dead_end:
             words[0] |= np.uint32(1 << self.next)
 
     def accept(self, token: int) -> None:
@@ -240,17 +240,20 @@ class Counting:
         self.next += 1
 
 
-def test_a_grammar_is_obeyed_and_touches_nobody_else(device: str):
+@pytest.mark.parametrize("ahead", [0, 3])
+def test_a_grammar_is_obeyed_and_touches_nobody_else(device: str, ahead: int):
     async def main() -> None:
         with fp4rt.AsyncLLM.load(CHECKPOINT, device=device, max_model_len=256) as llm:
+            llm.llm.ops.lookahead = max(ahead, llm.llm.ops.lookahead)
             alone = await collect(llm.submit([3, 4], greedy(20)))
             free = llm.submit([3, 4], greedy(20))
             bound = llm.submit([3, 4], fp4rt.Sampling(max_tokens=9), grammar=Counting())
-            broken = llm.submit([3, 4], greedy(9), grammar=Counting(broken=True))
+            broken = [llm.submit([3, 4], greedy(9), grammar=Counting(dead_end)) for dead_end in (5, 7)]
             assert await collect(free) == alone
             assert (await collect(bound))[1:] == ([5, 6, 7], "stop")
-            with pytest.raises(fp4rt.Fp4rtError, match="allows no token"):
-                await collect(broken)
+            for request in broken:
+                with pytest.raises(fp4rt.Fp4rtError, match="allows no token"):
+                    await collect(request)
             await idle(llm)
 
     asyncio.run(main())

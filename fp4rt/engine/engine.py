@@ -53,11 +53,11 @@ def _power_of_two(n: int) -> int:
 class Decode:
     """A recorded decode step for up to `size` sequences of up to `width` pages: it feeds itself its own tokens."""
 
-    def __init__(self, engine: Engine, sequences: list[Sequence], size: int, width: int):
+    def __init__(self, engine: Engine, sequences: list[Sequence], settings: list[SamplerRow], size: int, width: int):
         ops, self.size, self.width = engine.ops, size, width
         self.engine = engine
         self.batch = self.sampler = None
-        self.refill(sequences)
+        self.refill(sequences, settings)
 
         def step() -> Any:
             ids = ops.sample(engine.model(self.batch, engine.cache.layers), self.sampler)
@@ -66,13 +66,12 @@ class Decode:
 
         self.replay = ops.record(step)
 
-    def refill(self, sequences: list[Sequence]) -> None:
+    def refill(self, sequences: list[Sequence], settings: list[SamplerRow]) -> None:
         ops, padding = self.engine.ops, self.size - len(sequences)
         batch = make_batch([(s, 1) for s in sequences], list(range(len(sequences))), self.size, self.width)
         self.batch = ops.batch(batch, into=self.batch)
         vocab_size = self.engine.model.config.vocab_size
-        rows = [s.sampler_row() for s in sequences]
-        self.sampler = ops.sampler(rows + rows[:1] * padding, vocab_size, into=self.sampler)
+        self.sampler = ops.sampler(settings + settings[:1] * padding, vocab_size, into=self.sampler)
 
 
 class Engine:
@@ -126,7 +125,7 @@ class Engine:
             if not step:
                 if not self.busy:
                     return
-            elif all(s.decoding and not s.stepwise and not s.drafts for s, _ in step):
+            elif all(s.decoding and s.top_logprobs is None and not s.drafts for s, _ in step):
                 yield from self._decode([sequence for sequence, _ in step])
             else:
                 yield from self._mixed(step, behind)
@@ -180,8 +179,8 @@ class Engine:
     def _decode(self, sequences: list[Sequence]) -> Iterator[Event]:
         """Steps of one token for each sequence, until one of them ends, another arrives, or pages run out."""
         steps = LEASE if not self.scheduler.waiting else PAGE_TOKENS  # whoever waits needs pages, too
-        if self.scheduler.speculate:
-            steps = 1  # the next tokens may be there already
+        if self.scheduler.speculate or any(sequence.grammar for sequence in sequences):
+            steps = 1  # the host looks at each token: for guesses at the next ones, for what may follow
         steps = min(steps, max(sequence.remaining for sequence in sequences))
         lease = [(sequence, min(len(sequence.ids) + steps, sequence.limit)) for sequence in sequences]
         missing = [self.cache.missing(s.held, tokens) for s, tokens in lease]
@@ -190,7 +189,11 @@ class Engine:
         for sequence, tokens in lease:
             self.scheduler.grow(sequence, tokens)
         steps = min(steps, min(s.remaining for s in sequences))
-        decode = self._recorded(sequences)
+        settings = [self._sampler_row(sequence, 0) for sequence in sequences]
+        for sequence in sequences:
+            if sequence.error is not None:
+                yield sequence, -1
+        decode = self._recorded(sequences, settings)
         pending: deque = deque()
         launched = 0
         while pending or launched < steps:
@@ -205,7 +208,7 @@ class Engine:
             if self._arrivals or self._scores or any(sequence.finish_reason for sequence in sequences):
                 steps = launched  # what is already on its way is kept, nothing more is asked for
 
-    def _recorded(self, sequences: list[Sequence]) -> Decode:
+    def _recorded(self, sequences: list[Sequence], settings: list[SamplerRow]) -> Decode:
         """The recorded step for this many sequences and pages, filled with these."""
         exact = self.ops.lookahead == 0  # nothing is captured: padding would only cost
         size = len(sequences) if exact else _power_of_two(len(sequences))
@@ -214,11 +217,11 @@ class Engine:
         greedy = all(s.sampling.temperature == 0 for s in sequences)
         key = (size, width, greedy)
         if exact:
-            return Decode(self, sequences, size, width)
+            return Decode(self, sequences, settings, size, width)
         if key not in self._decodes:
-            self._decodes[key] = Decode(self, sequences, size, width)
+            self._decodes[key] = Decode(self, sequences, settings, size, width)
         else:
-            self._decodes[key].refill(sequences)
+            self._decodes[key].refill(sequences, settings)
         return self._decodes[key]
 
     def _accept(self, sequence: Sequence, token: int) -> Event:

@@ -80,11 +80,6 @@ class Sequence:
         return self.ids[self.prompt_length:]
 
     @property
-    def stepwise(self) -> bool:
-        """Whether the host has a part in every token: a grammar's mask before it, log-probabilities beside it."""
-        return self.grammar is not None or self.top_logprobs is not None
-
-    @property
     def decoding(self) -> bool:
         """Only the newest id is not yet remembered."""
         return self.remembered == len(self.ids) - 1 and len(self.ids) > self.prompt_length

@@ -11,7 +11,7 @@ from fp4rt.batch import PAGE_TOKENS
 from fp4rt.cache import Plan, describe
 from fp4rt.errors import Fp4rtError
 from fp4rt.formats import Fp8
-from fp4rt.llm import DEFAULT_CONTEXT, cache_pages, check_context, parse_size, reserve_workspace
+from fp4rt.room import DEFAULT_CONTEXT, cache_pages, check_context, parse_size, reserve_workspace
 from fp4rt.loading import Loader
 from fp4rt.models import load_model, read_config
 from fp4rt.ops.planning import Headers, planning_ops
@@ -77,7 +77,7 @@ def inspect(path: str | Path, *, device: str = "auto", arch: str | None = None, 
     loader = Loader(ops, kv_dtype)
     model = load_model(checkpoint, loader, room)
     plan = Plan(ops, model.memory)
-    workspace = reserve_workspace(ops, model, plan, room)
+    workspace = reserve_workspace(ops, model, plan, room, ops.step_tokens)
 
     kinds: dict[tuple[str, str, str], list[int]] = {}
     for loaded in loader.linears:
@@ -95,7 +95,7 @@ def inspect(path: str | Path, *, device: str = "auto", arch: str | None = None, 
     weight_bytes = linear_bytes + other_bytes
 
     def cache_bytes(tokens: int) -> int:
-        return plan.nbytes(cache_pages(ops, plan, tokens), plan.sequences)
+        return plan.nbytes(cache_pages(plan, tokens, ops.step_tokens), plan.sequences)
 
     free, largest = ops.free_memory(), None
     if free is not None:

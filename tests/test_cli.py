@@ -173,7 +173,7 @@ def test_every_option_reaches_the_library(monkeypatch):
 
 def test_chat_goes_through_the_template(monkeypatch):
     seen = []
-    monkeypatch.setattr(LLM, "_stream", lambda self, sequence, _: seen.append((self.text, sequence.ids)) or iter(()))
+    monkeypatch.setattr(LLM, "pieces", lambda self, sequence, _: seen.append((self.text, sequence.ids)) or iter(()))
     assert run("generate", CHECKPOINT, "Hi", "--chat", "--system", "Be kind.", "-q", *ON).exit_code == 0
     text, ids = seen[0]
     assert text.decode(ids, skip_special=False) == (
@@ -267,7 +267,7 @@ def test_chat_commands():
 
 
 def test_chat_keeps_what_it_computed():
-    result = chat("Hello", "/stats", "Hello again", "/stats")
+    result = chat("Hello " * 40, "/stats", "Hello again", "/stats")
     first, second = [line for line in result.stderr.splitlines() if "remembered" in line]
     assert ", 0 remembered" in first and ", 0 remembered" not in second
 

@@ -66,8 +66,11 @@ def load_model(checkpoint: Checkpoint, load: Loader, max_positions: int,
     """Read a checkpoint's weights through `load`. No tensor is left unread without a reason, or this raises."""
     config, sizes = read_config(checkpoint)
     known = architecture(config)
-    model = known.build(checkpoint.at(""), config, sizes, load, max_positions, progress)
-    checkpoint.finish_checks()
+    try:
+        model = known.build(checkpoint.at(""), config, sizes, load, max_positions, progress)
+        checkpoint.finish_checks()
+    finally:
+        checkpoint.drop_checks()
     tied = getattr(sizes, "tie_word_embeddings", False)
     skipped = getattr(known, "skipped", lambda name, sizes: None)
     for name in checkpoint.unread():

@@ -125,7 +125,9 @@ class SamplerRow:
     """How the next token of one sequence is drawn; see sampling.py for the meaning of each number.
 
     step: tokens drawn so far for this sequence (the random stream's position). prompt/generated: the ids that
-    penalties look at.
+    penalties look at. logit_bias: (id, what is added to its logit), each id once. mask: uint32 [ceil(V / 32)]; an id i
+    whose bit i % 32 of word i // 32 is 0 cannot be drawn. It holds for every draw until the sampler is refilled; None
+    allows all.
     """
 
     temperature: float
@@ -139,6 +141,8 @@ class SamplerRow:
     step: int
     prompt: Sequence[int]
     generated: Sequence[int]
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    mask: np.ndarray | None = None
 
 
 class Ops(Protocol):
@@ -274,12 +278,23 @@ class Ops(Protocol):
     # -- Tokens -------------------------------------------------------------------------------------------------
 
     def sampler(self, rows: Sequence[SamplerRow], vocab_size: int, into: Handle | None = None) -> Handle:
-        """Put the settings of R rows where `sample` can read them; `into` refills one with the same R."""
+        """Put the settings of R rows where `sample` can read them; `into` refills one with the same R.
+
+        Masks are copied. Raises Fp4rtError("request") for a bias outside the vocabulary, or a mask that allows nothing.
+        """
 
     def sample(self, logits: Handle, sampler: Handle) -> Handle:
         """Next ids int32 [R], as sampling.draw defines; -1 where a row's logits hold a NaN or an infinity.
 
-        Advances the sampler: its step and its counts now include the drawn ids.
+        Advances the sampler: its step and its counts now include the drawn ids. The logits stay as they are.
+        """
+
+    def logprobs(self, logits: Handle, ids: Handle | np.ndarray, top: int) -> Handle:
+        """Natural log-probabilities under the softmax of logits [R, V] as the model gave them: float32 [R, 1 + 2 top].
+
+        In each row: that of its id (int32 [R]: as `sample` gave them, or the host's own); then the `top` (0 to 20)
+        likeliest ids, as floats, which hold them exactly, ties to the lowest id; then theirs. A row of NaN where the id
+        is -1 or the logits hold a NaN or an infinity. Raises Fp4rtError("request").
         """
 
     def advance(self, batch: Handle, ids: Handle) -> None:

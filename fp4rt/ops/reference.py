@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fp4rt import sampling
 from fp4rt.batch import PAGE_TOKENS, Batch
 from fp4rt.errors import Fp4rtError
 from fp4rt.formats import Weight
@@ -212,7 +213,7 @@ class Sampler:
 
     def drawn(self, row: int, token: int) -> None:
         old = self.rows[row]
-        self.rows[row] = SamplerRow(**{**old.__dict__, "step": old.step + 1, "generated": [*old.generated, token]})
+        self.rows[row] = replace(old, step=old.step + 1, generated=[*old.generated, token])
 
 
 @dataclass(frozen=True)
@@ -380,18 +381,23 @@ class ReferenceOps:
         return rms_norm(gated, weight.norm.reshape(groups, -1), weight.eps).reshape(len(y), -1)
 
     def sampler(self, rows: Sequence[SamplerRow], vocab_size: int, into: Sampler | None = None) -> Sampler:
+        for row in rows:
+            sampling.check_row(row, vocab_size)
+        rows = [row if row.mask is None else replace(row, mask=row.mask.copy()) for row in rows]
         if into is None:
             return Sampler(rows)
-        into.rows = list(rows)
+        into.rows = rows
         return into
 
     def sample(self, logits: np.ndarray, sampler: Sampler) -> np.ndarray:
-        from fp4rt.sampling import draw
-
-        ids = np.array([draw(row, settings) for row, settings in zip(logits, sampler.rows)], np.int32)
+        ids = np.array([sampling.draw(row, settings) for row, settings in zip(logits, sampler.rows)], np.int32)
         for row, token in enumerate(ids.tolist()):
             sampler.drawn(row, token)
         return ids
+
+    def logprobs(self, logits: np.ndarray, ids: np.ndarray, top: int) -> np.ndarray:
+        sampling.check_logprobs(top, logits.shape[1])
+        return np.stack([sampling.logprobs(row, token, top) for row, token in zip(logits, ids.tolist(), strict=True)])
 
     def advance(self, batch: Batch, ids: np.ndarray) -> None:
         batch.tokens[...] = np.maximum(ids, 0)

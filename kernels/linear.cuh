@@ -61,25 +61,21 @@ struct RowNorm {
     float eps, factor;
 };
 
-// 8 of a row's columns from k, normed, to shared memory as 16 bytes, zero past the end. `aligned`: K % 8 == 0.
-__device__ __forceinline__ void stage_normed(uint4* shared, const float* row, const float* weight, float scale, int k,
-                                             int K, bool aligned) {
-    float4 x[2] = {}, w[2] = {};
+// 8 of a row's columns from k, zero past the end. `aligned`: K % 8 == 0.
+__device__ __forceinline__ void load_eight(float4 (&to)[2], const float* row, int k, int K, bool aligned) {
+    to[0] = to[1] = make_float4(0, 0, 0, 0);
     if (aligned) {
-        if (k < K) {
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                x[i] = reinterpret_cast<const float4*>(row + k)[i];
-                w[i] = reinterpret_cast<const float4*>(weight + k)[i];
-            }
-        }
+        if (k < K) to[0] = reinterpret_cast<const float4*>(row + k)[0], to[1] = reinterpret_cast<const float4*>(row + k)[1];
     } else {
 #pragma unroll
         for (int i = 0; i < 8; i++)
-            if (k + i < K) (&x[i / 4].x)[i % 4] = row[k + i], (&w[i / 4].x)[i % 4] = weight[k + i];
+            if (k + i < K) (&to[i / 4].x)[i % 4] = row[k + i];
     }
-    const uint2 low = normed(x[0], scale, w[0]), high = normed(x[1], scale, w[1]);
-    *shared = make_uint4(low.x, low.y, high.x, high.y);
+}
+
+__device__ __forceinline__ uint4 normed_eight(const float4 (&x)[2], float scale, const float4 (&weight)[2]) {
+    const uint2 low = normed(x[0], scale, weight[0]), high = normed(x[1], scale, weight[1]);
+    return make_uint4(low.x, low.y, high.x, high.y);
 }
 
 template <class Tile, int N>
@@ -187,7 +183,52 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const v
         copy_commit();
     };
 
-    auto fetch_normed = [&]() {
+    // Resident activations come by plain loads: cp.async of lines that all SMs want at the same time takes several times
+    // as long, and would have to wait for the weights before them. Part of a warp takes a tile's row for one token.
+    constexpr int ROWS = 32 / CHUNKS;
+    const int c = lane % CHUNKS, to_c = Tile::position(c);
+    uint4* const resident = reinterpret_cast<uint4*>(base + own_x);
+    auto column = [&](int i) { return (warp + (first + i) * WARPS) * Tile::K + c * 8; };
+    auto load_x = [&]() {
+        const __half* rows = static_cast<const __half*>(x);
+        if (!aligned) {
+            for (int i = 0; i < mine; i++) fetch_x(own_x + i * x_tile * 16, i);
+            __syncwarp();
+            return;
+        }
+        int i = 0, token = lane / CHUNKS;
+        auto carry = [&]() {
+            while (token >= tokens) token -= tokens, i++;
+        };
+        carry();
+        while (i < mine) {
+            uint4 values[8];
+            int to[8];
+#pragma unroll
+            for (int u = 0; u < 8; u++) {
+                to[u] = i < mine ? i * x_tile + chunk_at<Tile>(token, to_c) : -1;
+                values[u] = make_uint4(0, 0, 0, 0);
+                if (i < mine && column(i) < K)
+                    values[u] = *reinterpret_cast<const uint4*>(rows + (size_t)token * K + column(i));
+                token += ROWS;
+                carry();
+            }
+#pragma unroll
+            for (int u = 0; u < 8; u++)
+                if (to[u] >= 0) resident[to[u]] = values[u];
+        }
+        __syncwarp();
+    };
+    // The same, normed. The weights of a lane's first rows are read before the predecessor is done; with one token the
+    // parts of a warp take turns with the tiles.
+    const int first_row = tokens == 1 ? lane / CHUNKS : 0, row_step = tokens == 1 ? ROWS : 1;
+    constexpr int EARLY = 1;
+    float4 norm_weight[EARLY][2];
+    auto load_norm_weight = [&]() {
+#pragma unroll
+        for (int u = 0; u < EARLY; u++) load_eight(norm_weight[u], norm.weight, column(first_row + u * row_step), K, aligned);
+    };
+    auto load_normed = [&]() {
         const float* rows = static_cast<const float*>(x);
 #pragma unroll 1
         for (int token = 0; token < tokens; token++) {
@@ -196,13 +237,24 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const v
         }
         __syncthreads();
 #pragma unroll 1
-        for (int token = lane / CHUNKS; token < tokens; token += 32 / CHUNKS) {
+        for (int token = tokens == 1 ? 0 : lane / CHUNKS; token < tokens; token += ROWS) {
+            const float* row = rows + (size_t)token * K;
+            uint4* const to = resident + chunk_at<Tile>(token, to_c);
+            float4 values[EARLY][2];
+#pragma unroll
+            for (int u = 0; u < EARLY; u++) load_eight(values[u], row, column(first_row + u * row_step), K, aligned);
             const float scale = norm.factor / row_length<WARPS>(sums + token, tokens, K, norm.eps);
+#pragma unroll
+            for (int u = 0; u < EARLY; u++) {
+                const int i = first_row + u * row_step;
+                if (i < mine) to[i * x_tile] = normed_eight(values[u], scale, norm_weight[u]);
+            }
 #pragma unroll 1
-            for (int i = 0; i < mine; i++) {
-                const int k = (warp + i * WARPS) * Tile::K + lane % CHUNKS * 8, c = Tile::position(lane % CHUNKS);
-                stage_normed(reinterpret_cast<uint4*>(base + own_x) + i * x_tile + chunk_at<Tile>(token, c),
-                             rows + (size_t)token * K, norm.weight, scale, k, K, aligned);
+            for (int i = first_row + EARLY * row_step; i < mine; i += row_step) {
+                float4 weight[2];
+                load_eight(values[0], row, column(i), K, aligned);
+                load_eight(weight, norm.weight, column(i), K, aligned);
+                to[i * x_tile] = normed_eight(values[0], scale, weight);
             }
         }
         __syncthreads();  // the sums' place is free again
@@ -212,18 +264,14 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const v
     if constexpr (RESIDENT) {
 #pragma unroll 1
         for (unsigned slot = ring; slot != ring_end; slot += slot_bytes) fetch(slot);
-        if (norm.weight)
-            for (int i = threadIdx.x * 32; i < K; i += WARPS * 32 * 32) prefetch(norm.weight + i);
+        if (norm.weight) load_norm_weight();
     }
     for (int i = threadIdx.x; block + i * blocks < row_tiles; i += WARPS * 32)
         prefetch(e.row_scale + (block + i * blocks) * 16);
     wait_for_predecessor();
-    if (RESIDENT && norm.weight) fetch_normed();
-    else if constexpr (RESIDENT) {
-        for (int i = 0; i < mine; i++) fetch_x(own_x + i * x_tile * 16, i);
-        copy_commit();
-        copy_wait<0>();
-        __syncwarp();
+    if constexpr (RESIDENT) {
+        if (norm.weight) load_normed();
+        else load_x();
     } else {
 #pragma unroll 1
         for (unsigned slot = ring; slot != ring_end; slot += slot_bytes) fetch(slot);

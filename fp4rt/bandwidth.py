@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fp4rt.ops.select import driver_answers
+from fp4rt.driver import driver_answers
 
 
 def read_bandwidth(device: str, arch: str | None = None) -> float | None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import math
 import mmap
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,6 +143,8 @@ class Checkpoint:
         self._entries = self._read_entries()
         self._read: set[str] = set()
         self.skipped: dict[str, str] = {}  # tensors that are not used, and why
+        self._checks: list[Future[None]] = []
+        self._checker: ThreadPoolExecutor | None = None
 
     def _read_quantization(self) -> dict[str, Any]:
         """What the exporter says it did, from either place; used to refuse and to explain, never to decide a format."""
@@ -233,9 +237,31 @@ class Checkpoint:
             data = (raw if entry.begin % storage.itemsize == 0 else raw.copy()).view(storage).reshape(entry.shape)
         return Tensor(name, entry.dtype, entry.shape, data, entry.file.name)
 
+    def check(self, look: Callable[[], None]) -> None:
+        """Look through many values in another thread, while more is read; `finish_checks` raises what that raises."""
+        if self._checker is None:
+            self._checker = ThreadPoolExecutor(2, "fp4rt-check")
+        self._checks.append(self._checker.submit(look))
+
+    def finish_checks(self) -> None:
+        """Wait for all checks; raises what the first one found, in the order they were asked for."""
+        try:
+            for check in self._checks:
+                check.result()
+        finally:
+            self.drop_checks()
+
+    def drop_checks(self) -> None:
+        """Begin no more checks, and wait for those under way: the files are nobody's business afterwards."""
+        self._checks = []
+        if self._checker is not None:
+            self._checker.shutdown(cancel_futures=True)
+            self._checker = None
+
     def skip(self, name: str, reason: str) -> None:
-        """Note that a tensor is deliberately not used, and why."""
-        self.skipped[name] = reason
+        """Note that a tensor is deliberately not used, and why; one that has been read is."""
+        if name not in self._read:
+            self.skipped[name] = reason
 
     def unread(self) -> list[str]:
         """The tensors that nothing asked for."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fp4rt.checkpoint import Scope
 from fp4rt.errors import Fp4rtError
-from fp4rt.formats import ExpertShape, Weight, read_experts, read_vector, read_weight
-from fp4rt.ops import Linear, Ops
+from fp4rt.formats import ExpertShape, Weight, read_experts, read_kv_scales, read_vector, read_weight
+from fp4rt.ops import AttentionShape, Linear, Ops
+
+KV_DTYPES = ("auto", "fp8")
 
 
 @dataclass(frozen=True)
@@ -16,31 +19,67 @@ class Loaded:
     """One linear as loaded: its parts' names and formats, bytes in the file, and the backend's handle."""
 
     names: tuple[str, ...]
-    formats: tuple[str, ...]
+    formats: tuple[str, ...]  # "NVFP4 (of BF16)" where it was quantized on its way
     shape: tuple[int, int]  # rows of all parts, columns
     file_bytes: int
     linear: Linear
-    read: float = 1.0  # the share of it that one token reads: of experts, the chosen ones
+    chosen: int = 0    # of experts, how many a token takes; 0: not experts
+    experts: int = 0   # of how many
+
+    def read(self, tokens: int = 1) -> float:
+        """The share of it that a step of so many tokens reads: of experts, those expected to be chosen by any.
+
+        Expected as if each token chose at random; tokens that choose alike read fewer.
+        """
+        return 1 - (1 - self.chosen / self.experts) ** tokens if self.experts else 1.0
+
+
+def _as_stored(weight: Weight, place: str) -> Weight:
+    return weight
 
 
 @dataclass
 class Loader:
-    """Builds handles for model blocks. `linears` is the inventory, in the order the model asked."""
+    """Builds handles for model blocks. `linears` is the inventory, in the order the model asked.
+
+    kv_dtype: "auto" (the backend's own precision for keys and values) or "fp8".
+    requantize: (weight, place) -> the weight to load instead; place is "layers", "router" or "lm_head".
+    """
 
     ops: Ops
+    kv_dtype: str = "auto"
+    requantize: Callable[[Weight, str], Weight] = _as_stored
     linears: list[Loaded] = field(default_factory=list)
     norm_bytes: int = 0
     embedding_bytes: int = 0  # of a token table that is not the head as well
+    fp8_layers: dict[bool, int] = field(default_factory=dict)  # with FP8 keys and values: scaled by the file or not
+
+    def __post_init__(self) -> None:
+        if self.kv_dtype not in KV_DTYPES:
+            raise Fp4rtError("request", f"kv_dtype is {self.kv_dtype!r}; it must be one of {', '.join(KV_DTYPES)}")
+
+    def remembered(self, scope: Scope, shape: AttentionShape) -> AttentionShape:
+        """What the attention module at `scope` remembers: `shape`, with its FP8 scales where FP8 is asked for."""
+        if self.kv_dtype == "auto" or shape.shares is not None:
+            return shape
+        scales = read_kv_scales(scope)
+        self.fp8_layers[scales is not None] = self.fp8_layers.get(scales is not None, 0) + 1
+        return replace(shape, fp8_scales=scales or (1.0, 1.0))
 
     def linear(self, scope: Scope, parts: dict[str, int], in_features: int, *, bias: bool = False,
                gated: bool = False) -> Linear:
         """The linears of `scope` with these names and row counts, stacked in this order."""
-        return self.stack([read_weight(scope.at(name), rows, in_features, bias=bias) for name, rows in parts.items()],
-                          gated=gated)
+        return self._stack([read_weight(scope.at(name), rows, in_features, bias=bias) for name, rows in parts.items()],
+                           gated=gated)
 
-    def stack(self, weights: list[Weight], *, gated: bool = False) -> Linear:
-        linear = self.ops.linear_weight(weights, gated=gated)
-        self.linears.append(Loaded(tuple(w.name for w in weights), tuple(w.format for w in weights),
+    def router(self, scope: Scope, name: str, experts: int, in_features: int, *, bias: bool = False) -> Linear:
+        """The linear whose outputs choose experts; it is never quantized on its way."""
+        return self._stack([read_weight(scope.at(name), experts, in_features, bias=bias)], "router")
+
+    def _stack(self, weights: list[Weight], place: str = "layers", *, gated: bool = False) -> Linear:
+        taken = [self.requantize(weight, place) for weight in weights]
+        linear = self.ops.linear_weight(taken, gated=gated)
+        self.linears.append(Loaded(tuple(w.name for w in weights), _formats(weights, taken),
                                    (sum(w.shape[0] for w in weights), weights[0].shape[1]),
                                    sum(w.nbytes for w in weights), linear))
         return linear
@@ -49,11 +88,13 @@ class Loader:
         """The experts below `scope`, of which a token takes top_k: (gate and) up, and down."""
         handles = []
         for experts, gated in zip(read_experts(scope, shape), (shape.gated, False)):
-            handle = self.ops.expert_weight(experts, gated=gated)
+            taken = [[self.requantize(part, "layers") for part in expert] for expert in experts]
+            handle = self.ops.expert_weight(taken, gated=gated)
             parts = [part for expert in experts for part in expert]
-            self.linears.append(Loaded(tuple(p.name for p in parts), tuple(p.format for p in parts),
+            self.linears.append(Loaded(tuple(p.name for p in parts),
+                                       _formats(parts, [part for expert in taken for part in expert]),
                                        (sum(p.shape[0] for p in parts), parts[0].shape[1]),
-                                       sum(p.nbytes for p in parts), handle, top_k / shape.num_experts))
+                                       sum(p.nbytes for p in parts), handle, top_k, shape.num_experts))
             handles.append(handle)
         return handles[0], handles[1]
 
@@ -67,16 +108,20 @@ class Loader:
 
     def embedding_and_head(self, embedding: Scope, head: Scope | None, vocab: int, hidden: int, *,
                            scale: float = 1.0) -> tuple[Any, Linear]:
-        """The token table and the head; without a `head` the two are one tensor and share its memory."""
+        """The token table and the head; without a `head` the two are one tensor and share its memory, unless the head
+        is quantized on its way."""
         table = read_weight(embedding, vocab, hidden)
         if table.format not in ("BF16", "F16", "F32"):
             raise Fp4rtError("checkpoint", f"{table.name}: an embedding in {table.format} is not supported; use an "
                                            "export that keeps embeddings in BF16")
         if head is None:
-            linear = self.stack([table])
-            return self.ops.embedding_weight(table, tied_to=linear, scale=scale), linear
+            linear = self._stack([table], "lm_head")
+            if self.linears[-1].formats == (table.format,):
+                return self.ops.embedding_weight(table, tied_to=linear, scale=scale), linear
+        else:
+            linear = self._stack([read_weight(head, vocab, hidden)], "lm_head")
         self.embedding_bytes += table.nbytes
-        return self.ops.embedding_weight(table, scale=scale), self.stack([read_weight(head, vocab, hidden)])
+        return self.ops.embedding_weight(table, scale=scale), linear
 
     def host_embedding(self, scope: Scope, vocab: int, width: int, scale: float) -> Any:
         """A table that stays in host memory: a row is read per token, and it may be larger than the model."""
@@ -87,10 +132,14 @@ class Loader:
         """Bytes of weights held: linears, norms, and the token table where it is not the head."""
         return sum(one.linear.nbytes for one in self.linears) + self.norm_bytes + self.embedding_bytes
 
-    @property
-    def step_bytes(self) -> int:
-        """Bytes of weights that a decode step of one token reads; of the token table it reads a single row."""
-        return round(sum(one.linear.nbytes * one.read for one in self.linears)) + self.norm_bytes
+    def step_bytes(self, tokens: int = 1, experts: float | None = None) -> int:
+        """Bytes of weights that a decode step of so many sequences reads; of the token table it reads a row for each.
+
+        experts: the share of a layer's experts that are chosen; None: as Loaded.read expects.
+        """
+        read = sum(one.linear.nbytes * (one.read(tokens) if experts is None or not one.experts else experts)
+                   for one in self.linears)
+        return round(read) + self.norm_bytes
 
     def report(self) -> list[str]:
         """One line per kind of weight: how many, how many bytes, which kernel runs it, and why that one."""
@@ -98,6 +147,14 @@ class Loader:
         for loaded in self.linears:
             formats = "+".join(dict.fromkeys(loaded.formats))
             kinds.setdefault((formats, loaded.linear.kernel, loaded.linear.reason), []).append(loaded)
-        return [f"{sum(len(one.names) for one in group)} {formats} linears, "
-                f"{sum(one.linear.nbytes for one in group) / 1e6:.1f} MB: {kernel} ({reason})"
-                for (formats, kernel, reason), group in kinds.items()]
+        lines = [f"{sum(len(one.names) for one in group)} {formats} linears, "
+                 f"{sum(one.linear.nbytes for one in group) / 1e6:.1f} MB: {kernel} ({reason})"
+                 for (formats, kernel, reason), group in kinds.items()]
+        for scaled, count in self.fp8_layers.items():
+            lines.append(f"FP8 K/V of {count} layers, " + ("with the checkpoint's scales" if scaled else
+                         "with scale 1.0, for the checkpoint has none: what exceeds 448 saturates"))
+        return lines
+
+
+def _formats(weights: list[Weight], taken: list[Weight]) -> tuple[str, ...]:
+    return tuple(new.format if new is old else f"{new.format} (of {old.format})" for old, new in zip(weights, taken))

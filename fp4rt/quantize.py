@@ -1,4 +1,4 @@
-"""A BF16, F16 or F32 checkpoint to NVFP4 in the layout of NVIDIA ModelOpt's Hugging Face export.
+"""BF16, F16 and F32 weights to NVFP4: a checkpoint in ModelOpt's export layout, or (FP8 too) a weight being loaded.
 
 The two-level scales and the rounding are ModelOpt's (nvidia-modelopt 0.47), bit for bit, unless a scale search is
 asked for. Weights stream through in blocks of rows; what is held at once does not grow with the model.
@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import numpy as np
 from fp4rt import __version__
 from fp4rt.checkpoint import Checkpoint, Tensor
 from fp4rt.errors import Fp4rtError
+from fp4rt.formats import Dense, Fp8, Nvfp4, Weight
 from fp4rt.formats.dense import to_float32
 from fp4rt.formats.fp8 import E4M3
 from fp4rt.formats.nvfp4 import BLOCK, E2M1
@@ -43,12 +44,14 @@ _REWRITTEN = {"config.json", "hf_quant_config.json", "model.safetensors.index.js
 # -- Numbers --------------------------------------------------------------------------------------------------------
 
 
-def e4m3_codes(values: np.ndarray) -> np.ndarray:
-    """Positive float32 to E4M3 bits (uint8), to nearest, ties to even, after clamping to [2^-9, 448]."""
-    clamped = np.clip(values, np.float32(2.0**-9), np.float32(E4M3_MAX))
-    exponent = np.maximum(np.frexp(clamped)[1] - 1, -6)  # of the binade; below 2^-6 the spacing stays
-    mantissa = np.rint(np.ldexp(clamped, 3 - exponent))  # 0..16, the implicit bit included
-    return ((exponent + 6) * 8 + mantissa).astype(np.uint8)
+def e4m3_codes(values: np.ndarray, least: float = 2.0**-9) -> np.ndarray:
+    """Positive float32 to E4M3 bits (uint8), to nearest, ties to even, after clamping to [least > 0, 448]."""
+    clamped = np.clip(values, np.float32(least), np.float32(E4M3_MAX))
+    # Below 2^-6 the spacing stays 2^-9; from there on a code is the upper bits, rounded, with another exponent bias.
+    small = np.rint(np.minimum(clamped, np.float32(2.0**-6)) * np.float32(2.0**9)).astype(np.uint8)
+    bits = np.maximum(clamped, np.float32(2.0**-6)).view(np.uint32)
+    bits += (bits >> 20 & 1) + 0x7FFFF
+    return ((bits >> 20) - (127 - 7 << 3)).astype(np.uint8) - np.uint8(8) + small
 
 
 def e2m1_codes(values: np.ndarray) -> np.ndarray:
@@ -99,6 +102,96 @@ def quantize_rows(weight: np.ndarray, global_scale: np.float32, search: bool = F
     scales = (searched_scales if search else block_scales)(blocks, global_scale)
     codes = e2m1_codes(blocks / (E4M3[scales] * global_scale)[..., None]).reshape(weight.shape)
     return codes[:, 0::2] | codes[:, 1::2] << 4, scales
+
+
+def quantize_channels(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float32 [N, K] to FP8: E4M3 codes uint8 [N, K], and float32 [N, 1] scales that put a row's largest at 448."""
+    scales = np.abs(weight).max(axis=1, keepdims=True) / np.float32(E4M3_MAX)
+    scales[scales == 0] = 1
+    codes = e4m3_codes(np.abs(weight) / scales, least=2.0**-12)  # which rounds to zero, as all below do
+    return codes | np.signbit(weight).view(np.uint8) << 7, scales
+
+
+# -- One weight -----------------------------------------------------------------------------------------------------
+
+
+def quantize_weight(weight: Dense, kind: str, pool: ThreadPoolExecutor) -> Nvfp4 | Fp8:
+    """A weight as "nvfp4" (a global scale of its own) or "fp8" (a scale per channel), in pieces on the pool's threads.
+
+    Raises Fp4rtError("checkpoint") for NaN or infinity, Fp4rtError("request") where NVFP4's blocks do not divide it.
+    """
+    n, k = weight.shape
+    if kind == "nvfp4" and k % BLOCK:
+        raise Fp4rtError("request", f"{weight.name}: its {k} columns are not a multiple of NVFP4's block of {BLOCK}; "
+                                    "ask for fp8")
+    # The more threads take turns at Python's lock, the larger their pieces.
+    step = max(1, PIECE * max(1, _threads() // 4) // k)
+    pieces = [slice(i, min(i + step, n)) for i in range(0, n, step)]
+    largest = max(pool.map(lambda rows: _amax(weight.data[rows], weight.format, weight.name), pieces))
+    if kind == "fp8":
+        codes, scales = np.empty((n, k), np.uint8), np.empty((n, 1), np.float32)
+
+        def work(rows: slice) -> None:
+            codes[rows], scales[rows] = quantize_channels(weight.dequantize(rows))
+
+        list(pool.map(work, pieces))
+        return Fp8(weight.name, codes, scales, (1, k), weight.bias, weight.pre_quant_scale)
+    codes, scales = np.empty((n, k // 2), np.uint8), np.empty((n, k // BLOCK), np.uint8)
+    global_scale = global_scale_of(largest)
+
+    def work(rows: slice) -> None:
+        codes[rows], scales[rows] = quantize_rows(weight.dequantize(rows), global_scale)
+
+    list(pool.map(work, pieces))
+    return Nvfp4(weight.name, codes, scales, float(global_scale), weight.bias, weight.pre_quant_scale)
+
+
+KINDS = ("nvfp4", "fp8")
+
+
+@dataclass
+class Requantizer:
+    """What to do with unquantized weights as they are loaded: bytes and time for quality, and only where asked for.
+
+    lm_head, layers: "nvfp4", "fp8" or None, for the head and for all other linears but the routers of experts, whose
+    choices are worth their few bytes. A tied token table stays as it is; the head becomes a weight of its own.
+    """
+
+    lm_head: str | None = None
+    layers: str | None = None
+    _done: dict[str, int] = field(default_factory=lambda: {"lm_head": 0, "layers": 0})
+
+    def __post_init__(self) -> None:
+        for name, kind in (("lm_head", self.lm_head), ("requantize", self.layers)):
+            if kind not in (None, *KINDS):
+                raise Fp4rtError("request", f"{name} is {kind!r}; it must be one of {', '.join(KINDS)}")
+        self._pool = ThreadPoolExecutor(_threads())
+
+    def __call__(self, weight: Weight, place: str) -> Weight:
+        """The weight to load instead; place: "lm_head", "layers" or "router"."""
+        kind = {"lm_head": self.lm_head, "layers": self.layers}.get(place)
+        if kind is None or not isinstance(weight, Dense):
+            return weight
+        self._done[place] += 1
+        return quantize_weight(weight, kind, self._pool)
+
+    def finish(self) -> None:
+        """Raises Fp4rtError("request") where an option met no weight that it could change."""
+        self._pool.shutdown()
+        for option, place, kind in (("lm_head", "lm_head", self.lm_head), ("requantize", "layers", self.layers)):
+            if kind is not None and not self._done[place]:
+                what = "the head is" if place == "lm_head" else "all linears of the layers are"
+                raise Fp4rtError("request", f"{option}: {what} quantized in this checkpoint already; leave it out")
+
+
+def make_requantizer(lm_head: str | None, requantize: str | None) -> Requantizer:
+    """From load's arguments; requantize: "bf16-layers=nvfp4" or "bf16-layers=fp8". Raises Fp4rtError("request")."""
+    if requantize is None:
+        return Requantizer(lm_head)
+    what, separator, kind = requantize.partition("=") if isinstance(requantize, str) else ("", "", "")
+    if what != "bf16-layers" or not separator or kind not in KINDS:
+        raise Fp4rtError("request", f"requantize is {requantize!r}; it must be bf16-layers=nvfp4 or bf16-layers=fp8")
+    return Requantizer(lm_head, kind)
 
 
 # -- A checkpoint ---------------------------------------------------------------------------------------------------
@@ -170,15 +263,19 @@ def _choose(groups: list[tuple[str, ...]], checkpoint: Checkpoint, exclude: Sequ
     return [group for group in chosen if group], kept
 
 
-def _amax(tensor: Tensor) -> float:
+def _threads() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _amax(data: np.ndarray, dtype: str, what: object) -> float:
     """The largest magnitude; found on the bits, whose order is that of the magnitudes. Refuses NaN and infinity."""
-    bits = tensor.data.reshape(-1).view({2: np.uint16, 4: np.uint32}[tensor.data.itemsize])
+    bits = data.reshape(-1).view({2: np.uint16, 4: np.uint32}[data.itemsize])
     sign = bits.dtype.type((1 << 8 * bits.itemsize - 1) - 1)
     pieces = (bits[i:i + 4 * PIECE] & sign for i in range(0, bits.size, 4 * PIECE))
     most = max((piece.max() for piece in pieces), default=bits.dtype.type(0))
-    if most > _HIGHEST_FINITE[tensor.dtype]:
-        raise Fp4rtError("checkpoint", f"{tensor}: holds NaN or infinity; the checkpoint is damaged, download it again")
-    return float(to_float32(np.array([most]).view(tensor.data.dtype), tensor.dtype)[0])
+    if most > _HIGHEST_FINITE[dtype]:
+        raise Fp4rtError("checkpoint", f"{what}: holds NaN or infinity; the checkpoint is damaged, download it again")
+    return float(to_float32(np.array([most]).view(data.dtype), dtype)[0])
 
 
 @dataclass
@@ -287,13 +384,14 @@ def quantize_checkpoint(source: str | Path, destination: str | Path, *, exclude:
     if not groups:
         raise Fp4rtError("request", f"{source}: nothing is left to quantize after --exclude")
     layout = _layout(checkpoint, groups)
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = _threads()
     errors: list[LinearError] = []
     with replacing(destination, force=force) as partial:
         with CheckpointWriter(partial, layout, shard_bytes) as writer, ThreadPoolExecutor(threads) as pool:
             for group in progress(groups):
                 tensors = [checkpoint.tensor(name) for name in group]
-                scale = global_scale_of(max(map(_amax, tensors)), SEARCH_MAX if search_scales else E4M3_MAX)
+                scale = global_scale_of(max(_amax(one.data, one.dtype, one) for one in tensors),
+                                        SEARCH_MAX if search_scales else E4M3_MAX)
                 errors += [_quantize_linear(tensor, scale, search_scales, writer, pool, threads) for tensor in tensors]
             quantized = {name for group in groups for name in group}
             for name in checkpoint.names():

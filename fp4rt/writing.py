@@ -63,7 +63,10 @@ class SafetensorsFile:
 
 
 class CheckpointWriter:
-    """The safetensors of one checkpoint: tensors in shards of at most `shard_bytes`, with an index if several."""
+    """The safetensors of one checkpoint: tensors in shards of at most `shard_bytes`, with an index if several.
+
+    shards: the tensors of each file; different files may be written by different threads.
+    """
 
     def __init__(self, directory: Path, tensors: Mapping[str, Spec], shard_bytes: int = SHARD_BYTES):
         shards: list[dict[str, Spec]] = [{}]
@@ -77,6 +80,7 @@ class CheckpointWriter:
             room -= size
         names = (["model.safetensors"] if len(shards) == 1 else
                  [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))])
+        self.shards = [list(shard) for shard in shards]
         self._files = [SafetensorsFile(directory / name, shard) for name, shard in zip(names, shards)]
         self._home = {tensor: file for file, shard in zip(self._files, shards) for tensor in shard}
         if len(shards) > 1:

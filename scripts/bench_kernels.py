@@ -4,26 +4,36 @@
     python scripts/bench_kernels.py                      Llama-3.1-8B's linears, 1 to 2048 tokens
     python scripts/bench_kernels.py --rows NVFP4:4096x4096 --tokens 1,8 --arch sm_80
     python scripts/bench_kernels.py --chain --tokens 1,8 the NVFP4 linears of 32 layers, each waiting for the last
+    python scripts/bench_kernels.py --cases experts      rows of tests/cases.py with this in their name ("": every one)
 
-Weights rotate over far more than the L2 cache holds; a row's launches are one CUDA graph; figures are medians.
+Weights rotate over far more than the L2 cache holds; a row's launches are one CUDA graph; figures are medians. A row of
+tests/cases.py is checked by its own test; weights, pages or states then rotate as copies on the device ("L2" behind the
+figures: too small for that). Small rows show what a launch costs, not what the memory gives.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
+import copy
+import inspect
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import cupy
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
 
+import cases  # noqa: E402
 from cases import make_weight  # noqa: E402
 
-from fp4rt.ops.cuda import CudaOps  # noqa: E402
+from fp4rt.batch import PAGE_TOKENS  # noqa: E402
+from fp4rt.ops.cuda import CudaOps, attention, mamba  # noqa: E402
 from fp4rt.ops.cuda.activation import Activation  # noqa: E402
 from fp4rt.ops.cuda.bandwidth import read_bandwidth  # noqa: E402
 from fp4rt.ops.cuda.linear import CudaLinear, linear  # noqa: E402
@@ -31,6 +41,8 @@ from fp4rt.ops.cuda.linear import CudaLinear, linear  # noqa: E402
 LLAMA_8B = ("NVFP4:6144x4096", "NVFP4:4096x4096", "NVFP4:28672x4096:gated", "NVFP4:4096x14336", "FP8:4096x4096",
             "FP8/128x128:4096x4096", "BF16:4096x4096", "BF16:128256x4096:logits")
 ROTATE = 512 << 20  # bytes of distinct weights that a row runs over
+MOST_COPIES = 1024  # of what a row of tests/cases.py reads
+L2_BYTES = 50 << 20  # of an H100; no older card that fp4rt runs on has more than the 72 MB of an Ada one
 
 
 def median_seconds(ops: CudaOps, launches: Callable[[], object], repeats: int) -> float:
@@ -135,9 +147,124 @@ def chain(ops: CudaOps, rows: dict[str, Row], tokens: int, bandwidth: float, rep
             run(name, layer)
 
     for name in rows:
-        report(f"{name}, chained", functools.partial(one_kind, name), [name])
+        report(f"{name}, chained", partial(one_kind, name), [name])
     report("a layer's four, chained", layers, rows)
     report("... and two norms", lambda: layers(h, norm), rows)
+
+
+# -- Rows of tests/cases.py -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Operation:
+    """Cases of one operation. check(case): its test; owner.name: the function that the test calls, whose arguments
+    `rotated` are copied; nbytes(case, arguments): what a call must read."""
+
+    cases: dict[str, Any]
+    check: Callable[[Any], None]
+    owner: Any
+    name: str
+    rotated: tuple[str, ...]
+    nbytes: Callable[[Any, dict[str, Any]], float]
+
+
+def operations(ops: CudaOps) -> dict[str, Operation]:
+    import test_cuda_attention as of_attention
+    import test_cuda_experts as of_experts
+    import test_cuda_mamba as of_mamba
+    import test_cuda_ops as of_linears
+
+    def named(found: list) -> dict[str, Any]:
+        return {"-".join(map(str, one)) if isinstance(one, tuple) else str(one): one for one in found}
+
+    def chosen(_: cases.ExpertsCase, arguments: dict[str, Any]) -> float:
+        up, down = arguments["up"], arguments["down"]
+        ids = np.unique(ops.fetch(arguments["choice"].ids).result())
+        return (up.nbytes + down.nbytes) * len(ids) / up.packed.experts
+
+    def seen(case: cases.AttentionCase, _: dict[str, Any]) -> float:
+        tokens = sum(min(old + new, (case.window or old) + new) for old, new in case.sequences)
+        return tokens * attention.kv_page_bytes(case.shape) / PAGE_TOKENS
+
+    return {
+        "linear": Operation(named(of_linears.CASES), partial(of_linears.test_linear, ops), ops, "linear", ("weight",),
+                            lambda case, arguments: arguments["weight"].nbytes),
+        "activated": Operation(named(cases.ACTIVATED),
+                               lambda one: of_experts.test_activations_behind_linears(ops, *one), ops, "linear",
+                               ("weight",), lambda case, arguments: arguments["weight"].nbytes),
+        "route": Operation(named(cases.ROUTE), partial(of_experts.test_route, ops), ops, "route", ("router",),
+                           lambda case, arguments: arguments["router"].nbytes),
+        "experts": Operation(named(cases.EXPERTS), partial(of_experts.test_experts, ops), ops, "experts",
+                             ("up", "down"), chosen),
+        "attention": Operation(named(cases.ATTENTION), lambda case: of_attention.test_attention(ops.gpu, case, False),
+                               attention, "attention", ("pages",), seen),
+        "mamba": Operation(named(cases.MAMBA), partial(of_mamba.test_mamba, ops.gpu), mamba, "mamba", ("state",),
+                           lambda case, _: 2 * len(case.sequences) * ops.mamba_state_bytes(case.shape))}
+
+
+def watched(owner: CudaOps | ModuleType, name: str, run: Callable[[], None]) -> tuple[Callable, inspect.BoundArguments]:
+    """The function owner.name and the arguments of its last call while `run` runs."""
+    function, calls = getattr(owner, name), []
+
+    def watch(*args: Any, **kwargs: Any) -> Any:
+        calls.append(inspect.signature(function).bind(*args, **kwargs))
+        return function(*args, **kwargs)
+
+    mine = vars(owner).get(name)
+    setattr(owner, name, watch)
+    try:
+        run()
+    finally:
+        delattr(owner, name) if mine is None else setattr(owner, name, mine)
+    return function, calls[-1]
+
+
+def device_arrays(value: Any) -> Iterator[cupy.ndarray]:
+    if isinstance(value, cupy.ndarray):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for one in value:
+            yield from device_arrays(one)
+    elif is_handle(value):
+        yield from device_arrays(list(vars(value).values()))
+
+
+def is_handle(value: Any) -> bool:
+    """Whether this is a weight, a state or the like, made of device arrays; not a device or a layout."""
+    return type(value).__name__ in ("CudaLinear", "CudaExperts", "Packed", "Pages", "State")
+
+
+def copied(ops: CudaOps, value: Any) -> Any:
+    """A handle whose arrays are copies in memory of their own."""
+    if isinstance(value, cupy.ndarray):
+        array = ops.gpu.memory.array(value.shape, value.dtype)
+        cupy.cuda.runtime.memcpyAsync(array.data.ptr, value.data.ptr, value.nbytes,
+                                      cupy.cuda.runtime.memcpyDeviceToDevice, ops.gpu.stream.ptr)
+        return array
+    if isinstance(value, (tuple, list)):
+        return type(value)(copied(ops, one) for one in value)
+    if not is_handle(value):
+        return value
+    new = copy.copy(value)
+    for name, member in vars(value).items():
+        object.__setattr__(new, name, copied(ops, member))
+    return new
+
+
+def report_case(ops: CudaOps, label: str, operation: Operation, case: Any, bandwidth: float, repeats: int) -> None:
+    """Check a row with its test, then time the call that the test made."""
+    function, call = watched(operation.owner, operation.name, lambda: operation.check(case))
+    given = [call.arguments[name] for name in operation.rotated]
+    held = sum(array.nbytes for array in device_arrays(given))
+    ops.synchronize()
+    launches = []
+    for _ in range(max(2, min(MOST_COPIES, ROTATE // held))):
+        call.arguments.update(zip(operation.rotated, copied(ops, given)))
+        launches.append(partial(function, *call.args, **call.kwargs))
+    seconds = median_seconds(ops, lambda: [launch() for launch in launches], repeats) / len(launches)
+    nbytes = operation.nbytes(case, call.arguments)
+    print(f"{label:62} {seconds * 1e6:9.1f} us {nbytes / 1e6:9.3f} MB {nbytes / seconds / 1e12:6.2f} TB/s "
+          f"{nbytes / seconds / bandwidth:5.2f}{'' if held * len(launches) > 2 * L2_BYTES else '  L2'}", flush=True)
 
 
 def main() -> None:
@@ -147,11 +274,18 @@ def main() -> None:
     parser.add_argument("--arch")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--chain", action="store_true", help="time the chained linears instead of single rows")
+    parser.add_argument("--cases", metavar="TEXT", help="rows of tests/cases.py with this in their name instead")
     options = parser.parse_args()
     rng, ops = np.random.default_rng(0), CudaOps(arch=options.arch)
     with ops.gpu:
         bandwidth = read_bandwidth(ops.gpu)
         print(f"{ops.device}: reads {bandwidth / 1e12:.2f} TB/s")
+        if options.cases is not None:
+            for kind, operation in operations(ops).items():
+                for name, case in operation.cases.items():
+                    if options.cases in (label := f"{kind} {name}"):
+                        report_case(ops, label, operation, case, bandwidth, options.repeats)
+            return
         print(f"{'weight':28} {'rows':>5} {'time':>12} {'bytes':>11} {'share':>5} {'arithmetic':>13}")
         tokens = [int(count) for count in options.tokens.split(",")]
         if options.chain:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 import fp4rt
+from backends import BACKENDS, each_backend
+from fp4rt.breakdown import OPERATIONS, breakdown
 from fp4rt.cli import main
+from fp4rt.ops import Ops
 from fp4rt.ops.cpu.bandwidth import read_bandwidth
 from tiny import make_checkpoint
 
@@ -28,9 +32,9 @@ def test_figures(checkpoint: Path, device: str):
     for name in ("prefill", "decode", "first_token"):
         assert 0 < found[name]["min"] <= found[name]["median"] <= found[name]["max"]
     with fp4rt.load(checkpoint, device=device) as llm:
-        assert found["weight_bytes"] == llm.weight_bytes > llm.step_bytes
+        assert found["weight_bytes"] == llm.weight_bytes > llm.step_bytes()
         kv = llm.engine.cache.plan.page_bytes[0] / 64
-        assert found["step_bytes"] == round(llm.step_bytes + 3 * 25 * kv)
+        assert found["step_bytes"] == round(llm.step_bytes(3) + 3 * 25 * kv)
     if device == "reference":
         assert found["decode_share"] is None
     else:
@@ -42,6 +46,61 @@ def test_text(checkpoint: Path):
     run = CliRunner().invoke(main, ["bench", str(checkpoint), "--device", "reference", "--prompt-tokens", "9",
                                     "--max-tokens", "3", "--repeat", "1"])
     assert run.exit_code == 0 and "prefill" in run.stdout and "decode" in run.stdout and "NVFP4 linears" in run.stderr
+    assert "where a step goes" not in run.stdout  # too few steps
+    run = CliRunner().invoke(main, ["bench", str(checkpoint), "--device", "reference", "--prompt-tokens", "9",
+                                    "--max-tokens", "12", "--repeat", "1", "-q"])
+    assert run.exit_code == 0 and "linear gate_proj+up_proj" in run.stdout and "the host, beyond that" in run.stdout
+
+
+OUTSIDE_STEPS = {"linear_weight", "expert_weight", "vector", "norm_weight", "embedding_weight", "host_embedding_weight",
+                 "rope_table", "mamba_weight", "mamba_state", "mamba_state_bytes", "kv_pages", "kv_page_bytes", "batch",
+                 "sampler", "fetch", "record", "is_finite", "free_memory", "expect", "reserve", "synchronize", "close"}
+
+
+def test_every_operation_of_a_step_is_known():
+    named = {name for name, member in vars(Ops).items() if callable(member) and not name.startswith("_")}
+    assert named - OUTSIDE_STEPS == set(OPERATIONS)
+
+
+@each_backend
+def test_breakdown(checkpoint: Path, backend: str):
+    """All calls of a step are found, with the bytes they read; the model is as before."""
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(0, 300, (3, 20)).tolist()
+    greedy = fp4rt.Sampling(temperature=0, max_tokens=6, ignore_eos=True)
+    with fp4rt.load(checkpoint, **BACKENDS[backend][0]) as llm:
+        before = [output.ids for output in llm.generate(prompts[:2], greedy)]
+        found = breakdown(llm, prompts, 16, 2)
+        assert {(kind.operation, kind.label): kind.calls for kind in found.kinds} == {
+            ("embed", ""): 1, ("linear", "q_proj+k_proj+v_proj"): 2, ("attention", ""): 2, ("linear", "o_proj"): 2,
+            ("linear", "gate_proj+up_proj"): 2, ("linear", "down_proj"): 2, ("logits", "lm_head"): 1, ("sample", ""): 1,
+            ("advance", ""): 1}
+        weights = sum(kind.bytes for kind in found.kinds if kind.operation in ("linear", "logits"))
+        assert weights == sum(one.linear.nbytes for one in llm.linears)
+        attention = next(kind for kind in found.kinds if kind.operation == "attention")
+        assert attention.bytes == 2 * round(llm.ops.kv_page_bytes(llm.engine.cache.plan.memory[0]) / 64 * 3 * 23)
+        assert found.experts_read is None
+        assert all(0 < kind.seconds.min <= kind.seconds.median <= kind.seconds.max for kind in found.kinds)
+        assert 0 < found.step.min <= found.step.median <= found.step.max
+        assert [output.ids for output in llm.generate(prompts[:2], greedy)] == before
+
+
+@each_backend
+def test_experts_that_are_read(backend: str):
+    """What a step's tokens chose, counted once each."""
+    path = Path(__file__).parent / "checkpoints" / "qwen3-moe-modelopt-nvfp4-kvfp8"
+    with fp4rt.load(path, max_model_len=256, **BACKENDS[backend][0]) as llm:
+        routing = llm.engine.model.config.routing
+        least = routing.top_k / routing.num_experts
+        alone = breakdown(llm, [[5, 9, 2]], 12, 1)
+        assert alone.experts_read == pytest.approx(least)
+        together = breakdown(llm, [[5, 9, 2], [100, 3], [7, 7, 7, 8], [42]], 12, 1)
+        assert least < together.experts_read <= 1
+        for found in (alone, together):
+            counted = sum(kind.bytes for kind in found.kinds if kind.operation == "experts")
+            held = sum(one.linear.nbytes for one in llm.linears if one.experts)
+            assert counted == pytest.approx(found.experts_read * held, rel=1e-6)
+        assert llm.step_bytes(1) == llm.step_bytes(4, least) < llm.step_bytes(4) < llm.step_bytes(4, 1.0)
 
 
 def test_what_does_not_fit(checkpoint: Path):

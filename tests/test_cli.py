@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 import fp4rt
+from fp4rt import driver
 from fp4rt.cli import doctor, main
 from fp4rt.cli.doctor import Finding
 from fp4rt.llm import LLM
@@ -159,18 +160,20 @@ def test_every_option_reaches_the_library(monkeypatch):
                  "--top-p", 0.25, "--min-p", 0.125, "--repetition-penalty", 1.5, "--presence-penalty", 0.75,
                  "--frequency-penalty", -0.5, "--seed", 9, "--stop", "x", "--stop", "y", "--ignore-eos",
                  "--device", "cuda", "--arch", "sm_75", "--gpu-memory", "14.5GiB", "--max-model-len", 99,
-                 "--deterministic", "--scale-layout", "swizzled", "--revision", "main")
+                 "--deterministic", "--kv-dtype", "fp8", "--scale-layout", "swizzled", "--revision", "main",
+                 "--lm-head", "fp8", "--requantize", "bf16-layers=nvfp4")
     assert (result.exit_code, result.stdout) == (0, "ab\n")
     assert seen == {
         "model": "owner/name", "prompt": "hello", "device": "cuda", "arch": "sm_75", "gpu_memory": "14.5GiB",
-        "max_model_len": 99, "deterministic": True, "scale_layout": "swizzled", "revision": "main",
+        "max_model_len": 99, "deterministic": True, "kv_dtype": "fp8", "scale_layout": "swizzled", "revision": "main",
+        "lm_head": "fp8", "requantize": "bf16-layers=nvfp4",
         "sampling": fp4rt.Sampling(3, 0.5, 4, 0.25, 0.125, 1.5, 0.75, -0.5, 9, ("x", "y"), True)}
     assert run("generate", "owner/name", "hello", "-q").exit_code == 0 and seen["sampling"] == fp4rt.Sampling()
 
 
 def test_chat_goes_through_the_template(monkeypatch):
     seen = []
-    monkeypatch.setattr(LLM, "_stream", lambda self, sequence, _: seen.append((self.text, sequence.ids)) or iter(()))
+    monkeypatch.setattr(LLM, "pieces", lambda self, sequence, _: seen.append((self.text, sequence.ids)) or iter(()))
     assert run("generate", CHECKPOINT, "Hi", "--chat", "--system", "Be kind.", "-q", *ON).exit_code == 0
     text, ids = seen[0]
     assert text.decode(ids, skip_special=False) == (
@@ -264,7 +267,7 @@ def test_chat_commands():
 
 
 def test_chat_keeps_what_it_computed():
-    result = chat("Hello", "/stats", "Hello again", "/stats")
+    result = chat("Hello " * 40, "/stats", "Hello again", "/stats")
     first, second = [line for line in result.stderr.splitlines() if "remembered" in line]
     assert ", 0 remembered" in first and ", 0 remembered" not in second
 
@@ -383,10 +386,12 @@ class FakeDriver:
 
 
 def findings_with(monkeypatch, library, wheels=None):
-    monkeypatch.setattr(doctor, "_driver", lambda: library)
+    monkeypatch.setattr(doctor, "driver_library", lambda: library)
+    monkeypatch.setattr(driver, "driver_library", lambda: library)
     monkeypatch.setattr(doctor, "_start", lambda name, device, remedy: Finding(name, "ok", device))
     if wheels is not None:
         monkeypatch.setattr(doctor, "_version", lambda name: wheels.get(name, "missing"))
+        monkeypatch.setattr(driver, "_installed", lambda name: name in wheels)
     return {one.name: one for one in doctor.examine()}
 
 
@@ -414,6 +419,15 @@ def test_doctor_explains_a_driver_without_a_usable_cupy(monkeypatch, cuda, wheel
     assert found["cuda backend"].found == "see cupy"
 
 
+@pytest.mark.parametrize("cuda, wheels, extra", [
+    (13000, ["cupy-cuda12x"], "cuda12"), (13000, [], "cuda13"), (12080, ["cupy-cuda13x"], "cuda12"), (0, [], "cuda12"),
+    (0, ["cupy-cuda13x"], "cuda13"), (13000, ["cupy-cuda12x", "cupy-cuda13x"], "cuda13")])
+def test_the_extra_to_install_is_that_of_the_cupy_that_is_there(monkeypatch, cuda, wheels, extra):
+    monkeypatch.setattr(driver, "driver_library", lambda: FakeDriver(cuda=cuda) if cuda else None)
+    monkeypatch.setattr(driver, "_installed", lambda name: name in wheels)
+    assert driver.cuda_extra() == f"'fp4rt[{extra}]'"
+
+
 def test_doctor_names_a_gpu_that_is_too_old(monkeypatch):
     found = findings_with(monkeypatch, FakeDriver(capability=(6, 1)), {})
     assert found["gpu"].status == "problem" and "7.5" in found["gpu"].cause
@@ -424,6 +438,6 @@ def test_doctor_never_raises(monkeypatch):
         def __getattr__(self, name):
             raise OSError(f"no {name}")
 
-    monkeypatch.setattr(doctor, "_driver", Broken)
+    monkeypatch.setattr(doctor, "driver_library", Broken)
     result = run("doctor")
     assert isinstance(result.exception, (SystemExit, type(None))) and "could not be examined" in result.stdout

@@ -13,9 +13,11 @@ PACKAGE = Path(__file__).parents[1] / "fp4rt"
 
 # From the top down: a module may import its own floor and those after it.
 FLOORS = [
-    {"cli", "__init__", "__main__"}, {"llm", "quantize", "inspect", "perplexity", "bandwidth"}, {"source", "text", "engine"},
+    {"cli", "__init__", "__main__"}, {"serve"}, {"async_llm"},
+    {"llm", "session", "quantize", "inspect", "perplexity", "bandwidth", "breakdown"}, {"room"},
+    {"source", "text", "engine"},
     {"models"}, {"layers"}, {"loading", "rope"}, {"batch", "cache", "ops", "sampling"}, {"formats"},
-    {"checkpoint", "config", "writing"}, {"errors"},
+    {"checkpoint", "config", "writing"}, {"errors", "driver"},
 ]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))

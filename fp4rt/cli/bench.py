@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from collections.abc import Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,7 +15,10 @@ from fp4rt.cli._common import MODEL_OPTIONS, load, options
 from fp4rt.errors import Fp4rtError
 
 if TYPE_CHECKING:
+    from fp4rt.breakdown import Breakdown
     from fp4rt.llm import LLM
+
+FEWEST_STEPS = 4  # of decode that can be taken apart
 
 
 @click.command()
@@ -29,22 +34,32 @@ def command(model: str, prompt_tokens: int, max_tokens: int, batch: int, repeat:
     """Time random prompts of ids, greedy, past any end-of-text token.
 
     Decode's share: bytes of weights, keys and values that a step must read, over the time it takes, over the read
-    bandwidth that this machine's memory shows in the same run.
+    bandwidth that this machine's memory shows in the same run. Of experts those count that the steps chose.
+
+    Below it, where a step's time goes: the calls of each kind of operation in a real step, with their own weights, are
+    repeated without the others. In the step itself they overlap (a kernel begins while the one before it ends) or wait
+    for each other, which is what their sum differs by; the host's part is what decode takes beyond the repeated step.
     """
     from fp4rt.bandwidth import read_bandwidth
+    from fp4rt.breakdown import breakdown
     from fp4rt.source import resolve
 
     path = resolve(model, revision=revision)
     room = max_model_len or context_for(path, batch * -(-(prompt_tokens + max_tokens) // 64) * 64)
-    with load(str(path), quiet=quiet, device=device, arch=arch, max_model_len=room, **given) as llm:
+    with load(str(path), quiet=quiet, device=device, arch=arch, max_model_len=room, prefix_caching=False, **given) as llm:
         if prompt_tokens + max_tokens > llm.max_model_len:
             raise Fp4rtError("request", f"--prompt-tokens and --max-tokens are {prompt_tokens + max_tokens} together; "
                              f"the context holds {llm.max_model_len}")
+        parts = None
+        if max_tokens > FEWEST_STEPS:  # first, because it takes the step that the engine is about to record
+            parts = breakdown(llm, prompts(llm, prompt_tokens, batch, repeat + 1), min(max_tokens - 1, 128), repeat)
         figures = measure(llm, prompt_tokens, max_tokens, batch, repeat, show=sys.stderr.isatty() and not quiet)
-        step = llm.step_bytes + batch * llm.engine.cache.plan.read_bytes(prompt_tokens + max_tokens / 2)
+        experts = parts.experts_read if parts else None
+        step = llm.step_bytes(batch, experts) + batch * llm.engine.cache.plan.read_bytes(prompt_tokens + max_tokens / 2)
         found = {"model": model, "device": llm.ops.device, "prompt_tokens": prompt_tokens, "max_tokens": max_tokens,
                  "batch": batch, "repeat": repeat, "load_seconds": llm.load_seconds, **figures,
-                 "weight_bytes": llm.weight_bytes, "step_bytes": round(step), "peak_memory_bytes": peak_memory(llm)}
+                 "weight_bytes": llm.weight_bytes, "step_bytes": round(step), "peak_memory_bytes": peak_memory(llm),
+                 "breakdown": asdict(parts) if parts else None}
     bandwidth = read_bandwidth(device, arch)  # only now: what it reads must not count as the model's memory
     found |= {"read_bandwidth": bandwidth,
               "decode_share": figures["decode"]["median"] / batch * step / bandwidth if bandwidth else None}
@@ -63,6 +78,34 @@ def command(model: str, prompt_tokens: int, max_tokens: int, batch: int, repeat:
     if found["peak_memory_bytes"] is not None:
         click.echo(f"{'peak memory':12} {found['peak_memory_bytes'] / 1e9:10.3f} GB")
     click.echo(f"{'load':12} {llm.load_seconds:10.2f} s")
+    if parts:
+        for line in table(parts, batch / figures["decode"]["median"], bandwidth):
+            click.echo(line)
+
+
+def table(parts: Breakdown, decode: float, bandwidth: float | None) -> Iterator[str]:
+    """Where the time of a step goes, of which decode takes `decode` seconds; bandwidth: bytes per second, if known."""
+    whole = parts.step.median
+    yield ""
+    yield (f"{'where a step goes':44} {'calls':>5} {'us':>9} {'min':>9} {'max':>9} {'of step':>7} {'MB':>9} {'GB/s':>7} "
+           f"{'share':>6}")
+
+    def row(label: str, seconds: float, calls: str = "", spread: str = f"{'':9} {'':9}", rest: str = "") -> str:
+        return f"{label:44} {calls:>5} {seconds * 1e6:9.1f} {spread} {seconds / whole:7.3f}{rest}"
+
+    for kind in sorted(parts.kinds, key=lambda kind: -kind.seconds.median):
+        seconds, rest = kind.seconds.median, ""
+        if kind.bytes:
+            rate = kind.bytes / seconds
+            rest = f" {kind.bytes / 1e6:9.2f} {rate / 1e9:7.1f}" + (f" {rate / bandwidth:6.3f}" if bandwidth else "")
+        yield row(f"{kind.operation} {kind.label}", seconds, str(kind.calls),
+                  f"{kind.seconds.min * 1e6:9.1f} {kind.seconds.max * 1e6:9.1f}", rest)
+    yield row("gaps between them, less their overlap", whole - parts.together)
+    yield row("a step, repeated by itself", whole,
+              spread=f"{parts.step.min * 1e6:9.1f} {parts.step.max * 1e6:9.1f}")
+    yield row("the host, beyond that", decode - whole)
+    if parts.experts_read is not None:
+        yield f"a step chose {parts.experts_read:.3f} of each layer's experts"
 
 
 def context_for(path: Any, tokens: int) -> int:
@@ -73,19 +116,23 @@ def context_for(path: Any, tokens: int) -> int:
     return min(tokens, read_config(Checkpoint(path))[1].max_position_embeddings)
 
 
+def prompts(llm: LLM, tokens: int, batch: int, run: int) -> list[list[int]]:
+    """Random ids, other ones for each run."""
+    import numpy as np
+
+    return np.random.default_rng(run).integers(0, llm.engine.model.config.vocab_size, (batch, tokens)).tolist()
+
+
 def measure(llm: LLM, prompt_tokens: int, max_tokens: int, batch: int, repeat: int, show: bool) -> dict[str, dict]:
     """Median, min and max of prefill and decode in tokens per second, and of the time to the first token in seconds."""
-    import numpy as np
     from tqdm import tqdm
 
     from fp4rt.sampling import Sampling
 
-    rng = np.random.default_rng(0)
     sampling = Sampling(temperature=0, max_tokens=max_tokens, ignore_eos=True, repetition_penalty=1.0)
     samples: dict[str, list[float]] = {"prefill": [], "decode": [], "first_token": []}
     for run in tqdm(range(repeat + 1), desc="measuring", leave=False, disable=not show):
-        prompts = rng.integers(0, llm.engine.model.config.vocab_size, (batch, prompt_tokens)).tolist()
-        llm.generate(prompts, sampling)
+        llm.generate(prompts(llm, prompt_tokens, batch, run), sampling)
         if run > 0:
             samples["prefill"].append(llm.timing.prefill_rate)
             samples["decode"].append(llm.timing.decode_rate)

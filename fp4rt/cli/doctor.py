@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -16,6 +15,7 @@ from pathlib import Path
 import click
 
 from fp4rt import __version__
+from fp4rt.driver import cuda_extra, cuda_version, driver_library, system_library
 from fp4rt.errors import Fp4rtError
 
 OLDEST_GPU = (7, 5)  # Turing: the first with the fp16 tensor core shapes that the kernels are made of
@@ -76,7 +76,7 @@ def versions(_: list[Finding]) -> Iterator[Finding]:
 
 def driver(_: list[Finding]) -> Iterator[Finding]:
     """The driver, asked by itself: no CUDA library of anybody's stands between."""
-    library = _driver()
+    library = driver_library()
     if library is None:
         if _gpu_on_bus():
             yield Finding("driver", "problem", "none", "an NVIDIA GPU is built in, but libcuda is not installed",
@@ -102,7 +102,7 @@ def driver(_: list[Finding]) -> Iterator[Finding]:
 
 
 def gpus(findings: list[Finding]) -> Iterator[Finding]:
-    library = _driver()
+    library = driver_library()
     if library is None or not _ok(findings, "driver"):
         yield Finding("gpu", "none", "no driver to ask")
         return
@@ -127,7 +127,7 @@ def gpus(findings: list[Finding]) -> Iterator[Finding]:
 
 def cupy(findings: list[Finding]) -> Iterator[Finding]:
     wheels = [name for name in ("cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x", "cupy") if _version(name) != "missing"]
-    extra = _extra()
+    extra = cuda_extra()
     if len(wheels) > 1:
         yield Finding("cupy", "problem", ", ".join(wheels), "several CuPy wheels overwrite each other's files",
                       f"pip uninstall -y {' '.join(wheels)} && pip install {extra}")
@@ -143,7 +143,7 @@ def cupy(findings: list[Finding]) -> Iterator[Finding]:
             yield Finding("cupy", "problem", found, f"it does not import: {_line(error)}",
                           f"pip install --force-reinstall {extra}")
             return
-        newest = _cuda_version() // 1000
+        newest = cuda_version() // 1000
         if _ok(findings, "driver") and newest < int("0" + "".join(filter(str.isdigit, wheels[0]))):
             yield Finding("cupy", "problem", found, f"the driver knows CUDA {newest} only",
                           f"pip uninstall -y {wheels[0]} && pip install {extra}")
@@ -161,7 +161,7 @@ def nvrtc(findings: list[Finding]) -> Iterator[Finding]:
         major, minor = nvrtc_version()
         headers = include_directory()
     except Fp4rtError as error:
-        yield Finding("nvrtc", "problem", "not usable", str(error), f"pip install {_extra()}")
+        yield Finding("nvrtc", "problem", "not usable", str(error), f"pip install {cuda_extra()}")
         return
     try:
         from cuda.pathfinder import load_nvidia_dynamic_lib
@@ -198,7 +198,7 @@ def cuda_backend(findings: list[Finding]) -> Iterator[Finding]:
         broken = [one.name for one in findings if one.status == "problem" and one.name in needed]
         yield Finding("cuda backend", "none", f"see {', '.join(broken)}" if broken else "no NVIDIA GPU")
         return
-    yield _start("cuda backend", "cuda", f"pip install {_extra()}")
+    yield _start("cuda backend", "cuda", f"pip install {cuda_extra()}")
 
 
 def cpu_backend(_: list[Finding]) -> Iterator[Finding]:
@@ -237,28 +237,9 @@ def _version(name: str) -> str:
         return "missing"
 
 
-def _library(linux: str, windows: str) -> ctypes.CDLL | None:
-    try:
-        return ctypes.CDLL(windows if sys.platform == "win32" else linux)
-    except OSError:
-        return None
-
-
-def _driver() -> ctypes.CDLL | None:
-    return _library("libcuda.so.1", "nvcuda.dll")
-
-
-def _cuda_version() -> int:
-    """The newest CUDA that the driver knows, 1000 * major + 10 * minor; 0 without one."""
-    library, version = _driver(), ctypes.c_int()
-    if library is not None:
-        library.cuDriverGetVersion(ctypes.byref(version))
-    return version.value
-
-
 def _driver_release() -> str | None:
     """The driver's release, such as 580.65.06, from NVML."""
-    library, text = _library("libnvidia-ml.so.1", "nvml.dll"), ctypes.create_string_buffer(96)
+    library, text = system_library("libnvidia-ml.so.1", "nvml.dll"), ctypes.create_string_buffer(96)
     if library is None or library.nvmlInit_v2() != 0:
         return None
     try:
@@ -277,8 +258,3 @@ def _gpu_on_bus() -> bool:
             return False
 
     return any(is_gpu(device) for device in Path("/sys/bus/pci/devices").glob("*"))
-
-
-def _extra() -> str:
-    """The extra that fits the driver; CUDA 12 where there is none."""
-    return "'fp4rt[cuda13]'" if _cuda_version() >= 13000 else "'fp4rt[cuda12]'"

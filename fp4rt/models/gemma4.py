@@ -151,7 +151,7 @@ class MoE:
         self.ops, self.routing = load.ops, sizes.routing
         router = scope.at("router")
         self.router_norm = load.ops.norm_weight(read_vector(router, "scale", hidden) * np.float32(hidden**-0.5), sizes.eps)
-        self.router = load.linear(router, {"proj": experts}, hidden)
+        self.router = load.router(router, "proj", experts, hidden)
         self.expert_scale = load.vector(router, "per_expert_scale", experts)
         self.norm = load.norm(scope, "pre_feedforward_layernorm_2", hidden, sizes.eps)
         at = next((scope.at(path) for path in ("moe.experts", "experts") if _holds_experts(scope.at(path))),
@@ -264,7 +264,8 @@ def build(scope: Scope, source: Config, sizes: Sizes, load: Loader, max_position
     per_layer = PerLayerEmbedding(body, sizes, load) if sizes.per_layer_width else None
     layers = [Layer(body.at(f"layers.{i}"), sizes, i, ropes[sizes.sliding[i]], load)
               for i in progress(range(len(sizes.attention)))]
-    return Gemma4(sizes, load.ops, sizes.attention, embed_tokens, layers, norm, lm_head, sizes.softcap, prefix,
+    memory = [load.remembered(body.at(f"layers.{i}.self_attn"), shape) for i, shape in enumerate(sizes.attention)]
+    return Gemma4(sizes, load.ops, memory, embed_tokens, layers, norm, lm_head, sizes.softcap, prefix,
                   per_layer)
 
 

@@ -51,7 +51,7 @@ class Experts:
 
     def __init__(self, scope: Scope, sizes: Sizes, load: Loader):
         self.ops, self.routing = load.ops, sizes.routing
-        self.router = load.linear(scope, {"router": sizes.routing.num_experts}, sizes.hidden_size, bias=True)
+        self.router = load.router(scope, "router", sizes.routing.num_experts, sizes.hidden_size, bias=True)
         shape = ExpertShape(sizes.routing.num_experts, sizes.hidden_size, sizes.intermediate_size, interleaved=True,
                             bias=True)
         self.gate_up_proj, self.down_proj = load.experts(scope.at("experts"), shape, sizes.routing.top_k)

@@ -166,7 +166,7 @@ class MoE:
     def __init__(self, scope: Scope, sizes: Sizes, load: Loader):
         hidden, latent, routing = sizes.hidden_size, sizes.moe_latent_size, sizes.routing
         self.ops, self.routing = load.ops, routing
-        self.gate = load.linear(scope, {"gate": routing.num_experts}, hidden)
+        self.gate = load.router(scope, "gate", routing.num_experts, hidden)
         self.correction = load.vector(scope, "gate.e_score_correction_bias", routing.num_experts)
         self.fc1_latent_proj = load.linear(scope, {"fc1_latent_proj": latent}, hidden) if latent else None
         self.fc2_latent_proj = load.linear(scope, {"fc2_latent_proj": hidden}, latent) if latent else None
@@ -205,7 +205,8 @@ def build(scope: Scope, source: Config, sizes: Sizes, load: Loader, max_position
     prefix = next((p for p in ("backbone", "model") if scope.has(f"{p}.norm_f.weight")), "backbone")
     body = scope.at(prefix)
     table = next((n for n in ("embeddings", "embedding", "embed_tokens") if body.has(f"{n}.weight")), "embeddings")
-    memory = [{"mamba": sizes.mamba, "attention": sizes.attention}.get(kind) for kind in sizes.kinds]
+    memory = [load.remembered(body.at(f"layers.{i}.mixer"), sizes.attention) if kind == "attention" else
+              sizes.mamba if kind == "mamba" else None for i, kind in enumerate(sizes.kinds)]
     embed_tokens, lm_head = load.embedding_and_head(
         body.at(table), None if sizes.tie_word_embeddings else scope.at("lm_head"), sizes.vocab_size, sizes.hidden_size)
     norm = load.norm(body, "norm_f", sizes.hidden_size, sizes.eps)

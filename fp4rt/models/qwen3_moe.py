@@ -46,7 +46,7 @@ class SparseMLP:
 
     def __init__(self, scope: Scope, sizes: Sizes, load: Loader):
         self.ops, self.routing = load.ops, sizes.routing
-        self.gate = load.linear(scope, {"gate": sizes.routing.num_experts}, sizes.hidden_size)
+        self.gate = load.router(scope, "gate", sizes.routing.num_experts, sizes.hidden_size)
         self.gate_up_proj, self.down_proj = load.experts(
             scope.at("experts"), ExpertShape(sizes.routing.num_experts, sizes.hidden_size, sizes.moe_intermediate_size),
             sizes.routing.top_k)

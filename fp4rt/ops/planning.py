@@ -10,11 +10,12 @@ import numpy as np
 
 from fp4rt.batch import Batch
 from fp4rt.checkpoint import STORAGE, Checkpoint, Tensor
+from fp4rt.driver import driver_answers
 from fp4rt.errors import Fp4rtError
 from fp4rt.formats import Weight
 from fp4rt.ops import AttentionShape, MambaShape, Routing
 from fp4rt.ops.reference import ReferenceLinear
-from fp4rt.ops.select import check_options, driver_answers, make_ops
+from fp4rt.ops.select import check_options, make_ops
 
 # The number one in every dtype that a weight, a scale or a vector may have; codes and indices may be anything.
 _ONE = {"BF16": 0x3F80, "F8_E4M3": 0x38, "F8_E5M2": 0x3C, "F8_E8M0": 127}
@@ -29,6 +30,8 @@ class Headers(Checkpoint):
         one = STORAGE[entry.dtype].type(_ONE.get(entry.dtype, 1))
         return Tensor(name, entry.dtype, entry.shape, np.broadcast_to(one, entry.shape), entry.file.name)
 
+
+_EXPERT_PAIRS = 16384  # (token, expert) pairs whose activations are held at once
 
 Choice = tuple[str, str, int]  # kernel, reason, bytes held
 
@@ -97,8 +100,8 @@ class PlanningOps:
     def linear_weight(self, parts: Sequence[Weight], *, gated: bool = False) -> PlannedLinear:
         return PlannedLinear(tuple(parts), gated, *self._choose(parts, gated))
 
-    def norm_weight(self, weight: np.ndarray, eps: float) -> None:
-        return None
+    def norm_weight(self, weight: np.ndarray, eps: float) -> np.ndarray:
+        return weight
 
     def embedding_weight(self, weight: Weight, *, tied_to: PlannedLinear | None = None, scale: float = 1.0) -> Weight:
         return weight
@@ -145,9 +148,13 @@ class PlanningOps:
 
     def experts(self, x: Buffer, choice: Buffer, up: PlannedLinear, down: PlannedLinear, *, activation: str,
                 norm: Any = None, residual: Buffer | None = None) -> Buffer:
-        """Every token's activations of all its experts at once, then their sum."""
-        inner = Buffer(self, x.rows * choice.columns // 2, down.in_features, self._activation_bytes)  # noqa: F841
-        return residual or Buffer(self, x.rows, x.columns, self._activation_bytes)
+        """The activations of all of a token's experts at once, inside and after them, then their sum."""
+        normed = Buffer(self, x.rows, x.columns, self._normed_bytes if norm is not None else 0)  # noqa: F841
+        total = residual or Buffer(self, x.rows, x.columns, self._activation_bytes)
+        pairs = min(x.rows * choice.columns // 2, _EXPERT_PAIRS)
+        inner = Buffer(self, pairs, down.in_features, self._activation_bytes)  # noqa: F841
+        outputs = Buffer(self, pairs, x.columns, self._activation_bytes)  # noqa: F841
+        return total
 
     def merge(self, residual: Buffer, branches: Any, **others: Any) -> Buffer:
         return residual
@@ -159,11 +166,16 @@ class PlanningOps:
         return Buffer(self, h.rows, gate.out_features, self._activation_bytes)
 
     def mamba(self, projected: Buffer, batch: Batch, state: Any, weight: Any, shape: MambaShape) -> Buffer:
+        convolved = Buffer(self, projected.rows, shape.conv_width + 2 * shape.num_heads, 4)  # noqa: F841
+        y = Buffer(self, projected.rows, shape.inner, 4)  # noqa: F841
         return Buffer(self, projected.rows, shape.inner, self._activation_bytes)
 
     def logits(self, h: Buffer, batch: Batch, norm: Any, head: PlannedLinear, *, softcap: Any = None) -> Buffer:
         rows = Buffer(self, len(batch.rows), h.columns, 4 + self._normed_bytes)  # noqa: F841
         return Buffer(self, len(batch.rows), head.out_features, 4)
+
+    def expect(self, nbytes: int) -> None:
+        pass
 
     def reserve(self, step: Callable[[], object]) -> int:
         """The bytes that `step` holds at its widest moment."""

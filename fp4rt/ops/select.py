@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import ctypes
+import threading
+from contextlib import suppress
+from importlib import import_module
 
+from fp4rt.driver import driver_answers, driver_library
 from fp4rt.errors import Fp4rtError
 from fp4rt.ops import Ops
 
 DEVICES = ("auto", "cuda", "cpu", "reference")
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a")
+_NOT_INITIALIZED = 3  # CUDA_ERROR_NOT_INITIALIZED
 
 
-def driver_answers() -> bool:
-    """Whether an NVIDIA driver is installed and sees a GPU; asks the driver itself, without CuPy."""
-    for name in ("libcuda.so.1", "nvcuda.dll"):
-        try:
-            driver = ctypes.CDLL(name)
-        except OSError:
-            continue
-        count = ctypes.c_int(0)
-        return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
-    return False
+def _import_cuda() -> None:
+    """Import the CUDA backend while the driver starts and makes its context, a fifth of a second each.
+
+    Where this process has used CUDA already, which device is current is its own affair, and nothing is started.
+    """
+    driver, context = driver_library(), ctypes.c_void_p()
+    if driver is None or driver.cuCtxGetCurrent(ctypes.byref(context)) != _NOT_INITIALIZED:
+        return
+
+    def start() -> None:
+        device = ctypes.c_int()
+        if driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(device), 0) == 0:
+            driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    with suppress(Fp4rtError):  # said where the backend is really wanted
+        import_module("fp4rt.ops.cuda")
+    thread.join()
 
 
 def check_options(device: str, arch: str | None, gpu_memory: int | None) -> None:
@@ -36,6 +50,8 @@ def check_options(device: str, arch: str | None, gpu_memory: int | None) -> None
 
 def make_ops(device: str, arch: str | None, gpu_memory: int | None, deterministic: bool) -> Ops:
     """The backend for `device`. Raises Fp4rtError("device") where it cannot run; never falls back silently."""
+    if device in ("auto", "cuda"):
+        _import_cuda()
     if device == "auto":
         device = "cuda" if driver_answers() else "cpu"
     check_options(device, arch, gpu_memory)

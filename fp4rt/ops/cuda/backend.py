@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import cupy
@@ -14,7 +15,8 @@ from fp4rt.batch import Batch
 from fp4rt.errors import Fp4rtError
 from fp4rt.formats import Weight
 from fp4rt.ops import AttentionShape, MambaShape, Routing, SamplerRow
-from fp4rt.ops.cuda import attention, batch, embedding, experts, linear, mamba, merge, per_layer, rms_norm, route, sample
+from fp4rt.ops.cuda import (attention, batch, embedding, experts, linear, logprobs, mamba, merge, per_layer, rms_norm,
+                            route, sample)
 from fp4rt.ops.cuda.activation import Activation
 from fp4rt.ops.cuda.device import Device, Fetched
 
@@ -50,16 +52,30 @@ class CudaOps:
         self.gpu = Device(arch, gpu_memory)
         self.device = f"{self.gpu.name} ({self.gpu.arch})"
         self.deterministic = deterministic
+        self._prepared: dict[ModuleType, set[str]] = {linear: set(), experts: set()}
+        for module in (embedding, batch, sample, logprobs):  # what any model may launch first after loading
+            for stem, defines, _ in module.variants(self.gpu.capability):
+                self.gpu.prepare(stem, defines)
 
     # -- At load --------------------------------------------------------------------------------------------------
 
     def linear_weight(self, parts: Sequence[Weight], *, gated: bool = False) -> linear.CudaLinear:
+        self._prepare(linear, parts)
         return linear.linear_weight(self.gpu, parts, gated=gated)
+
+    def _prepare(self, module: ModuleType, parts: Sequence[Weight]) -> None:
+        """Compile what linears of these formats may launch, while their bytes are on the way."""
+        stems = {linear.choose_layout(part)[0].stem for part in parts} - self._prepared[module]
+        self._prepared[module] |= stems
+        for stem, defines, _ in module.variants(self.gpu.capability) if stems else ():
+            if stem in stems:
+                self.gpu.prepare(stem, defines)
 
     def norm_weight(self, weight: np.ndarray, eps: float) -> rms_norm.Norm:
         return rms_norm.norm_weight(self.gpu, weight, eps)
 
     def expert_weight(self, weights: Sequence[Sequence[Weight]], *, gated: bool = False) -> experts.CudaExperts:
+        self._prepare(experts, weights[0])
         return experts.expert_weight(self.gpu, weights, gated=gated)
 
     def vector(self, values: np.ndarray) -> route.Vector:
@@ -163,6 +179,9 @@ class CudaOps:
     def sample(self, logits: cupy.ndarray, sampler: sample.Sampler) -> cupy.ndarray:
         return sample.sample(self.gpu, logits, sampler)
 
+    def logprobs(self, logits: cupy.ndarray, ids: cupy.ndarray | np.ndarray, top: int) -> cupy.ndarray:
+        return logprobs.logprobs(self.gpu, logits, ids, top)
+
     def advance(self, work: batch.DeviceBatch, ids: cupy.ndarray) -> None:
         batch.advance(self.gpu, work, ids)
 
@@ -180,6 +199,7 @@ class CudaOps:
 
         def replay() -> Any:
             with self.gpu:
+                self.gpu.drain()
                 graph.launch(self.gpu.stream)
             return result
 
@@ -193,6 +213,9 @@ class CudaOps:
     def free_memory(self) -> int:
         return self.gpu.budget.free()
 
+    def expect(self, nbytes: int) -> None:
+        self.gpu.memory.reserve(nbytes)
+
     def reserve(self, step: Callable[[], object]) -> int:
         self.gpu.reserve(0)
         nbytes = self.gpu.rehearse(step)
@@ -204,7 +227,7 @@ class CudaOps:
         return nbytes
 
     def synchronize(self) -> None:
-        self.gpu.stream.synchronize()
+        self.gpu.synchronize()
 
     def close(self) -> None:
         self.gpu.close()

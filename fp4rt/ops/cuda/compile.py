@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import hashlib
 import json
@@ -15,6 +14,7 @@ from dataclasses import asdict, dataclass
 from importlib import resources as package_resources
 from pathlib import Path
 
+from fp4rt.driver import cuda_extra
 from fp4rt.errors import Fp4rtError
 
 _MAGIC = b"fp4rt kernel 1\n"
@@ -101,25 +101,13 @@ def _nvrtc():
         nvrtc.getVersion()
     except Exception as error:  # the loader's own exception types differ between CuPy and pathfinder versions
         raise Fp4rtError("device", f"NVRTC, CUDA's run-time compiler, cannot be loaded ({_first_line(error)}); "
-                                   f"pip install {install_hint()}") from None
+                                   f"pip install {cuda_extra()}") from None
     return nvrtc
 
 
 def nvrtc_version() -> tuple[int, int]:
     """(major, minor) of the NVRTC in use."""
     return tuple(_nvrtc().getVersion())
-
-
-def install_hint() -> str:
-    """The extra to install, by the CUDA version of the driver (CUDA 12 where there is none)."""
-
-    version = ctypes.c_int()
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-        driver.cuDriverGetVersion(ctypes.byref(version))
-    except OSError:
-        pass
-    return "'fp4rt[cuda13]'" if version.value >= 13000 else "'fp4rt[cuda12]'"
 
 
 @functools.cache
@@ -134,7 +122,7 @@ def include_directory() -> str:
         found = None
     if not found:
         raise Fp4rtError("device", f"the CUDA {major}.{minor} headers (cuda_fp16.h) are not installed; "
-                                   f"pip install {install_hint()}")
+                                   f"pip install {cuda_extra()}")
     match = re.search(r"#define\s+CUDA_VERSION\s+(\d+)", (Path(found) / "cuda.h").read_text(errors="replace"))
     version = int(match[1]) if match else 0
     if (version // 1000, version % 1000 // 10) != (major, minor):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import os
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from queue import SimpleQueue
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import cupy
@@ -14,7 +16,7 @@ from cupy.cuda import runtime
 from cupy.cuda.pinned_memory import PinnedMemory
 
 from fp4rt.errors import Fp4rtError
-from fp4rt.ops.cuda.compile import compile_kernel
+from fp4rt.ops.cuda.compile import Binary, compile_kernel
 from fp4rt.ops.cuda.launch import Driver, Kernel
 from fp4rt.ops.cuda.memory import Arena, Budget
 
@@ -22,8 +24,10 @@ from fp4rt.ops.cuda.memory import Arena, Budget
 SHARED_LIMIT = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 227 << 10,
                 100: 227 << 10, 103: 227 << 10, 110: 227 << 10, 120: 99 << 10, 121: 99 << 10}
 
-_UPLOAD_THREADS = 4
-_PIECE = 4 << 20          # bytes copied at a time through one pinned buffer
+_COMPILE_THREADS = 8
+_UPLOAD_THREADS = 8       # as many fill the link of an H100 (PCIe 5, 50 GB/s); each copies 9 GB/s
+_PIECE = 4 << 20          # bytes copied at a time through one pinned buffer: less is bound by Python's own time
+_PINNED = 16              # such buffers at most
 _RING = 1 << 20           # bytes of pinned memory for a step's own small copies
 _ROOM = 4 << 10           # bytes of pinned memory for a step's drawn ids
 
@@ -62,7 +66,10 @@ class Device:
         self._scratch = Arena(self.budget, "one step's work")
         self._modules: dict[tuple, Any] = {}
         self._kernels: dict[tuple, Kernel] = {}
-        self._staging: _Staging | None = None
+        self._compiler: ThreadPoolExecutor | None = None
+        self._compiling: dict[tuple, Future[Binary]] = {}
+        self._rehearsed: list[tuple[str, str, dict[str, int]]] = []
+        self._staging = _Staging(self)
         self._small = _SmallCopies(self)
         self.rooms: list[tuple[PinnedMemory, cupy.cuda.Event]] = []  # of Fetched, to use again
 
@@ -75,20 +82,37 @@ class Device:
 
     # -- Kernels --------------------------------------------------------------------------------------------------
 
-    def kernel(self, stem: str, entry: str, **defines: int) -> Kernel:
-        """The entry of kernels/<stem>.cu compiled with these constants; compiled and loaded at the first call."""
+    def kernel(self, stem: str, entry: str, **defines: int) -> Kernel | Callable[..., None]:
+        """The entry of kernels/<stem>.cu compiled with these constants; compiled and loaded at the first call.
+
+        In a rehearsal those that are not there yet are compiled side by side, and loaded at its end.
+        """
         key = (stem, entry, *defines.items())
         found = self._kernels.get(key)
         if found is None:
+            if self.planning:
+                self.prepare(stem, defines)
+                self._rehearsed.append((stem, entry, defines))
+                return _launch_nothing
             found = self._kernels[key] = Kernel(self, self._module(stem, defines).get_function(entry), entry)
         return found
+
+    def prepare(self, stem: str, defines: dict[str, int]) -> None:
+        """Begin to compile (or to read from the disk cache) what `kernel` will be asked for, in another thread."""
+        key = (stem, *sorted(defines.items()))
+        if key not in self._modules and key not in self._compiling:
+            if self._compiler is None:
+                self._compiler = ThreadPoolExecutor(min(_COMPILE_THREADS, os.cpu_count() or 1), "fp4rt-compile")
+            self._compiling[key] = self._compiler.submit(compile_kernel, stem, self._code, defines)
 
     def _module(self, stem: str, defines: dict[str, int]) -> Any:
         key = (stem, *sorted(defines.items()))
         if key not in self._modules:
             module = cupy.cuda.function.Module()
+            started = self._compiling.pop(key, None)
+            binary = started.result() if started else compile_kernel(stem, self._code, defines)
             try:
-                module.load(compile_kernel(stem, self._code, defines).data)
+                module.load(binary.data)
             except cupy.cuda.driver.CUDADriverError as error:
                 raise Fp4rtError("device", f"{self.name} cannot load kernels/{stem}.cu for {self._code}: {error}; "
                                            "update the NVIDIA driver") from None
@@ -104,16 +128,21 @@ class Device:
 
     def rehearse(self, step: Callable[[], object]) -> int:
         """Run `step` without launching or copying anything: the scratch bytes it needs. Its kernels are then loaded."""
+        self._staging.drain()
         real, self._scratch, self.planning = self._scratch, Arena(self.budget, "rehearsal", virtual=True), True
         try:
             step()
-            return self._scratch.high_water
+            nbytes = self._scratch.high_water
         finally:
             self._scratch, self.planning = real, False
+            rehearsed, self._rehearsed = self._rehearsed, []
+        for stem, entry, defines in rehearsed:
+            self.kernel(stem, entry, **defines)
+        return nbytes
 
     def reserve(self, nbytes: int) -> None:
         """Hold this much scratch memory, in one piece, instead of what loading used."""
-        self.stream.synchronize()
+        self.synchronize()
         self._scratch.reserve(nbytes)
 
     def zeros(self, shape: int | Sequence[int], dtype: np.typing.DTypeLike) -> cupy.ndarray:
@@ -127,43 +156,63 @@ class Device:
     def upload(self, host: np.ndarray, into: cupy.ndarray | None = None) -> cupy.ndarray:
         """Copy a host array (it may be a memory-mapped file) to `into` or to new memory that lasts.
 
-        Ordered on the stream; `host` has been read when this returns. Through pinned buffers, filled by several
-        threads, because a copy from pageable memory runs at a fraction of the link's speed.
+        Returns before `host` has been read, which must not change: through pinned buffers, filled by several threads,
+        because a copy from pageable memory runs at a fraction of the link's speed. Launches that follow wait their turn
+        behind it, so that the order is that of the stream; whatever else touches the stream must `drain` first.
         """
         host = np.ascontiguousarray(host)
         if into is None:
             into = self.memory.array(host.shape, host.dtype)
         if host.nbytes and not self.planning:
-            if self._staging is None:
-                self._staging = _Staging(self)
-            self._staging.upload(host.reshape(-1).view(np.uint8), into.data.ptr)
+            self._staging.upload(host.reshape(-1).view(np.uint8), into)
         return into
+
+    @property
+    def uploading(self) -> bool:
+        """Whether a launch must wait behind uploads: hand it to `later`."""
+        return self._staging.defers
+
+    def later(self, launch: Callable[[], object]) -> None:
+        """Call this once everything uploaded so far is on the stream."""
+        self._staging.pending.append(launch)
+
+    def drain(self) -> None:
+        """Put every upload and the launches behind it on the stream."""
+        self._staging.drain()
+
+    def synchronize(self) -> None:
+        """Wait until everything asked for is done."""
+        self._staging.drain()
+        self.stream.synchronize()
 
     def put(self, host: np.ndarray, into: cupy.ndarray) -> None:
         """Copy a step's small inputs: returns at once, ordered on the stream, `host` may change afterwards."""
         if not self.planning:
+            self._staging.drain()
             self._small.put(np.ascontiguousarray(host), into.data.ptr)
 
     def fetch(self, array: cupy.ndarray) -> Fetched:
         """Start copying a contiguous array to the host."""
+        self._staging.drain()
         return Fetched(self, array)
 
     def read(self, array: cupy.ndarray) -> np.ndarray:
         """Copy to the host at once, in a rehearsal too (for what is known from loading)."""
         host = np.empty(array.shape, array.dtype)
-        self.stream.synchronize()
+        self.synchronize()
         runtime.memcpy(host.ctypes.data, array.data.ptr, array.nbytes, runtime.memcpyDeviceToHost)
         return host
 
     def close(self) -> None:
         """Give back all memory; no array of this device may be used afterwards."""
         with self:
+            self._staging.close()
             self.stream.synchronize()
+            if self._compiler is not None:
+                self._compiler.shutdown(wait=False, cancel_futures=True)
             self._kernels.clear()
             self._modules.clear()
-            if self._staging is not None:
-                self._staging.close()
-                self._staging = None
+            self._compiling.clear()
             self._scratch.close()
             self.memory.close()
 
@@ -227,36 +276,89 @@ class _SmallCopies:
                 self._done[0].synchronize()
 
 
+@dataclass
+class _Copy:
+    """A piece of an upload: being copied to pinned memory, then due on the stream. `into` keeps the target's memory."""
+
+    filled: Future[None]
+    buffer: tuple[PinnedMemory, np.ndarray, cupy.cuda.Event]
+    into: cupy.ndarray
+    offset: int
+    nbytes: int
+
+
 class _Staging:
-    """Pinned buffers and the threads that fill them from pageable memory."""
+    """Uploads under way, and the launches that wait behind them, in the order of the stream.
+
+    Threads fill pinned buffers ahead; the device's own thread alone puts copies and launches on the stream.
+    """
 
     def __init__(self, device: Device):
         self._device = device
-        self._pool = ThreadPoolExecutor(_UPLOAD_THREADS, "fp4rt-upload", initializer=runtime.setDevice,
-                                        initargs=(device.id,))
-        self._buffers: SimpleQueue[tuple[PinnedMemory, np.ndarray, cupy.cuda.Event]] = SimpleQueue()
-        for _ in range(2 * _UPLOAD_THREADS):
-            pinned = PinnedMemory(_PIECE)
-            self._buffers.put((pinned, _view(pinned, _PIECE), cupy.cuda.Event(disable_timing=True)))
+        self.pending: deque[_Copy | Callable[[], object]] = deque()
+        self.defers = False
+        self._pool: ThreadPoolExecutor | None = None
+        self._free: deque[tuple[PinnedMemory, np.ndarray, cupy.cuda.Event]] = deque()
+        self._buffers = 0
 
-    def upload(self, source: np.ndarray, pointer: int) -> None:
-        pieces = [self._pool.submit(self._copy, source[begin:begin + _PIECE], pointer + begin)
-                  for begin in range(0, len(source), _PIECE)]
-        for piece in pieces:
-            piece.result()
+    def upload(self, source: np.ndarray, into: cupy.ndarray) -> None:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(_UPLOAD_THREADS, "fp4rt-upload", initializer=runtime.setDevice,
+                                            initargs=(self._device.id,))
+        for begin in range(0, len(source), _PIECE):
+            piece, buffer = source[begin:begin + _PIECE], self._take()
+            self.pending.append(_Copy(self._pool.submit(_fill, buffer, piece), buffer, into, begin, len(piece)))
+            self.defers = True
+        self._advance(lambda first: first.filled.done())
 
-    def _copy(self, piece: np.ndarray, pointer: int) -> None:
-        pinned, view, done = buffer = self._buffers.get()
-        try:
-            done.synchronize()
-            np.copyto(view[:len(piece)], piece)
-            runtime.memcpyAsync(pointer, pinned.ptr, len(piece), runtime.memcpyHostToDevice, self._device.stream.ptr)
-            done.record(self._device.stream)
-        finally:
-            self._buffers.put(buffer)
+    def drain(self) -> None:
+        if self.pending:
+            self._advance(lambda first: True)
 
     def close(self) -> None:
-        self._pool.shutdown()
+        self.pending.clear()
+        self.defers = False
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+        self._free.clear()
+
+    def _take(self) -> tuple[PinnedMemory, np.ndarray, cupy.cuda.Event]:
+        if not self._free and self._buffers < _PINNED:
+            self._buffers += 1
+            pinned = PinnedMemory(_PIECE)
+            return pinned, _view(pinned, _PIECE), cupy.cuda.Event(disable_timing=True)
+        while not self._free:
+            self._advance(lambda first: not self._free)
+        return self._free.popleft()
+
+    def _advance(self, go_on: Callable[[_Copy], bool]) -> None:
+        """Put on the stream what is first, launches always, copies as long as `go_on`."""
+        self.defers = False
+        try:
+            while self.pending and (not isinstance(self.pending[0], _Copy) or go_on(self.pending[0])):
+                first = self.pending.popleft()
+                if not isinstance(first, _Copy):
+                    first()
+                    continue
+                first.filled.result()
+                pinned, _, done = first.buffer
+                runtime.memcpyAsync(first.into.data.ptr + first.offset, pinned.ptr, first.nbytes,
+                                    runtime.memcpyHostToDevice, self._device.stream.ptr)
+                done.record(self._device.stream)
+                self._free.append(first.buffer)
+        finally:
+            self.defers = bool(self.pending)
+
+
+def _fill(buffer: tuple[PinnedMemory, np.ndarray, cupy.cuda.Event], piece: np.ndarray) -> None:
+    _, view, done = buffer
+    done.synchronize()  # what was in it is on the device
+    np.copyto(view[:len(piece)], piece)
+
+
+def _launch_nothing(*args: Any, **kwargs: Any) -> None:
+    """What a kernel that is still being compiled does in a rehearsal."""
 
 
 def _view(pinned: PinnedMemory, nbytes: int) -> np.ndarray:

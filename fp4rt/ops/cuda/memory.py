@@ -13,6 +13,7 @@ from fp4rt.errors import Fp4rtError
 _ALIGNMENT = 256
 _GRANULE = 2 << 20  # what the driver rounds large allocations to
 _LARGEST_SLAB = 64 << 20
+_LARGEST_SHARER = 2 * _GRANULE  # of a slab: a larger array leaves less unused in a block of its own than in a slab
 
 
 class Budget:
@@ -125,7 +126,8 @@ class Arena:
             self._blocks.remove(block)
             self._budget.give_back(block.size)
         if nbytes:
-            self._grow(-(-nbytes // _GRANULE) * _GRANULE)
+            whole = -(-nbytes // _GRANULE) * _GRANULE
+            self._grow(whole if whole <= self._budget.free() else nbytes)
 
     def close(self) -> None:
         for block in self._blocks:
@@ -143,7 +145,7 @@ class Arena:
     def _growth(self, size: int) -> int:
         exact = -(-size // _GRANULE) * _GRANULE
         slab = min(_LARGEST_SLAB, max(2 * _GRANULE, self.nbytes)) if self._slabs else 0
-        return slab if exact <= slab // 2 and slab <= self._budget.free() else exact
+        return slab if exact <= min(slab // 2, _LARGEST_SHARER) and slab <= self._budget.free() else exact
 
     def _grow(self, size: int) -> _Block:
         block = _Block(self._budget.take(size, self._purpose), size)

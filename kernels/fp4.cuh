@@ -7,8 +7,8 @@ struct Fp4Codes {
     static constexpr int K = 128, PLANES = 1, CODE_BYTES = 1024;
     static constexpr bool BLOCK_SCALED = false;
 
-    // The bit order in a word makes this 6 logical operations and 3 multiplications for 8 codes: see `arrange`. A product
-    // holds a sign and its other bits where they belong, and their copies, which meet below bit 9 of a half at most.
+    // The bit order in a word makes this 6 logical operations and 3 multiplications for 8 codes: see `arrange`. A
+    // product has a code's sign and its other bits where they belong, and copies of them below bit 9 of a half.
     static __device__ __forceinline__ void spread(unsigned w, unsigned (&h)[4]) {
         h[0] = w & 0x8e008e00u;
         h[1] = (w << 3) & 0x8e008e00u;

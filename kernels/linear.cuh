@@ -65,7 +65,9 @@ struct RowNorm {
 __device__ __forceinline__ void load_eight(float4 (&to)[2], const float* row, int k, int K, bool aligned) {
     to[0] = to[1] = make_float4(0, 0, 0, 0);
     if (aligned) {
-        if (k < K) to[0] = reinterpret_cast<const float4*>(row + k)[0], to[1] = reinterpret_cast<const float4*>(row + k)[1];
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            if (k < K) to[i] = reinterpret_cast<const float4*>(row + k)[i];
     } else {
 #pragma unroll
         for (int i = 0; i < 8; i++)
@@ -183,8 +185,8 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const v
         copy_commit();
     };
 
-    // Resident activations come by plain loads: cp.async of lines that all SMs want at the same time takes several times
-    // as long, and would have to wait for the weights before them. Part of a warp takes a tile's row for one token.
+    // Resident activations come by plain loads: cp.async of lines that all SMs want at once takes several times longer,
+    // and would have to wait for the weights before them. 1 / ROWS of a warp takes the columns of one tile and token.
     constexpr int ROWS = 32 / CHUNKS;
     const int c = lane % CHUNKS, to_c = Tile::position(c);
     uint4* const resident = reinterpret_cast<uint4*>(base + own_x);
@@ -219,15 +221,11 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const v
         }
         __syncwarp();
     };
-    // The same, normed. The weights of a lane's first rows are read before the predecessor is done; with one token the
+    // The same, normed. The weights of a lane's first tile are read before the predecessor is done; with one token the
     // parts of a warp take turns with the tiles.
-    const int first_row = tokens == 1 ? lane / CHUNKS : 0, row_step = tokens == 1 ? ROWS : 1;
-    constexpr int EARLY = 1;
-    float4 norm_weight[EARLY][2];
-    auto load_norm_weight = [&]() {
-#pragma unroll
-        for (int u = 0; u < EARLY; u++) load_eight(norm_weight[u], norm.weight, column(first_row + u * row_step), K, aligned);
-    };
+    const int first_tile = tokens == 1 ? lane / CHUNKS : 0, tile_step = tokens == 1 ? ROWS : 1;
+    float4 norm_weight[2];
+    auto load_norm_weight = [&]() { load_eight(norm_weight, norm.weight, column(first_tile), K, aligned); };
     auto load_normed = [&]() {
         const float* rows = static_cast<const float*>(x);
 #pragma unroll 1
@@ -240,21 +238,16 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const v
         for (int token = tokens == 1 ? 0 : lane / CHUNKS; token < tokens; token += ROWS) {
             const float* row = rows + (size_t)token * K;
             uint4* const to = resident + chunk_at<Tile>(token, to_c);
-            float4 values[EARLY][2];
-#pragma unroll
-            for (int u = 0; u < EARLY; u++) load_eight(values[u], row, column(first_row + u * row_step), K, aligned);
+            float4 values[2];
+            load_eight(values, row, column(first_tile), K, aligned);
             const float scale = norm.factor / row_length<WARPS>(sums + token, tokens, K, norm.eps);
-#pragma unroll
-            for (int u = 0; u < EARLY; u++) {
-                const int i = first_row + u * row_step;
-                if (i < mine) to[i * x_tile] = normed_eight(values[u], scale, norm_weight[u]);
-            }
+            if (first_tile < mine) to[first_tile * x_tile] = normed_eight(values, scale, norm_weight);
 #pragma unroll 1
-            for (int i = first_row + EARLY * row_step; i < mine; i += row_step) {
+            for (int i = first_tile + tile_step; i < mine; i += tile_step) {
                 float4 weight[2];
-                load_eight(values[0], row, column(i), K, aligned);
+                load_eight(values, row, column(i), K, aligned);
                 load_eight(weight, norm.weight, column(i), K, aligned);
-                to[i * x_tile] = normed_eight(values[0], scale, weight);
+                to[i * x_tile] = normed_eight(values, scale, weight);
             }
         }
         __syncthreads();  // the sums' place is free again
@@ -579,7 +572,7 @@ __device__ __forceinline__ void record_norm(float sum, unsigned* largest) {
 #define LINEAR_ENTRIES(Tile)                                                                                           \
     extern "C" __global__ void __launch_bounds__(FEW_WARPS * 32, FEW_BLOCKS)                                           \
         few(const unsigned char* weights, const void* x, int tokens, int K, int row_tiles, int resident,               \
-            int half, const float* norm, float norm_eps, float norm_factor, EPILOGUE_PARAMETERS) {                               \
+            int half, const float* norm, float norm_eps, float norm_factor, EPILOGUE_PARAMETERS) {                     \
         const RowNorm before = {norm, norm_eps, norm_factor};                                                          \
         const Halves halves = {half, nullptr, nullptr};                                                                \
         const Epilogue e = EPILOGUE;                                                                                   \

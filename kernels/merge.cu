@@ -1,27 +1,54 @@
 // What follows a sublayer in models that norm after it: (residual + norm(sum of norm_i(x_i))) * scale.
 #include "mma.cuh"
 
-constexpr int THREADS = 512;
+constexpr int THREADS = 512;  // each has VECTORS (-D) times four numbers of the row in registers
 
-// One of the sum's terms: x [T, d], fp16 or float32, times factor and, where not null, its row's float of `rows`; then
-// RMSNorm where `weight` is not null.
-struct Branch {
-    const void* x;
-    const float* rows;
-    const float* weight;
-    int is_half;
-    float factor, eps;
+using Numbers = float[VECTORS][4];
 
-    __device__ __forceinline__ float at(int i) const {
-        return (is_half ? __half2float(static_cast<const __half*>(x)[i]) : static_cast<const float*>(x)[i]) * factor;
+// A row of d numbers, or null for `missing` everywhere; zeros behind its end.
+template <class T>
+__device__ __forceinline__ void load(Numbers& out, const T* row, float missing, int d) {
+#pragma unroll
+    for (int j = 0; j < VECTORS; j++) {
+        const int at = 4 * (threadIdx.x + j * THREADS);
+        if (row && d % 4 == 0 && at < d) {
+            if constexpr (sizeof(T) == 2) {
+                const uint2 raw = *reinterpret_cast<const uint2*>(row + at);
+                const float2 low = __half22float2(as_half2(raw.x)), high = __half22float2(as_half2(raw.y));
+                out[j][0] = low.x, out[j][1] = low.y, out[j][2] = high.x, out[j][3] = high.y;
+            } else {
+                const float4 raw = *reinterpret_cast<const float4*>(row + at);
+                out[j][0] = raw.x, out[j][1] = raw.y, out[j][2] = raw.z, out[j][3] = raw.w;
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                out[j][i] = at + i >= d ? 0.0f : row ? static_cast<float>(row[at + i]) : missing;
+        }
     }
-    __device__ __forceinline__ void start_row(int row, int d) {
-        const size_t from = (size_t)row * d;
-        x = is_half ? static_cast<const void*>(static_cast<const __half*>(x) + from)
-                    : static_cast<const void*>(static_cast<const float*>(x) + from);
-        if (rows) factor *= rows[row];
-    }
-};
+}
+
+// One of the sum's terms: x [T, d], fp16 or float32, times factor and, where not null, its row's float of `rows`.
+__device__ __forceinline__ void load_branch(Numbers& out, const void* x, int is_half, float factor, const float* rows,
+                                            int d) {
+    const size_t from = (size_t)blockIdx.x * d;
+    if (is_half) load(out, static_cast<const __half*>(x) + from, 0.0f, d);
+    else load(out, x ? static_cast<const float*>(x) + from : nullptr, 0.0f, d);
+    if (rows) factor *= rows[blockIdx.x];
+#pragma unroll
+    for (int j = 0; j < VECTORS; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) out[j][i] *= factor;
+}
+
+__device__ __forceinline__ float sum_of_squares(const Numbers& x) {
+    float sum = 0;
+#pragma unroll
+    for (int j = 0; j < VECTORS; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) sum = fmaf(x[j][i], x[j][i], sum);
+    return sum;
+}
 
 // The sums of two numbers over the block, in one order.
 __device__ __forceinline__ float2 block_sums(float2 mine) {
@@ -40,43 +67,43 @@ __device__ __forceinline__ float2 block_sums(float2 mine) {
     return sums;
 }
 
-// grid T, block THREADS, in place. A row's result depends on nothing but the row. x2 is null where there is one branch.
+// grid T, block THREADS, in place. A row's result depends on nothing but the row. x2 is null where there is one branch;
+// a branch, and their sum, is RMS-normed where its weight is not null.
 extern "C" __global__ void __launch_bounds__(THREADS)
     merge(float* residual, const void* __restrict__ x1, int half1, float factor1, const float* __restrict__ rows1,
           const float* __restrict__ weight1, float eps1, const void* __restrict__ x2, int half2, float factor2,
           const float* __restrict__ rows2, const float* __restrict__ weight2, float eps2,
           const float* __restrict__ weight, float eps, float scale, int d) {
     dependents_may_start();
+    Numbers w1, w2, w, a, b, h;
+    load(w1, weight1, 1.0f, d), load(w2, weight2, 1.0f, d), load(w, weight, 1.0f, d);
     wait_for_predecessor();
-    Branch a{x1, rows1, weight1, half1, factor1, eps1}, b{x2, rows2, weight2, half2, factor2, eps2};
-    a.start_row(blockIdx.x, d);
-    if (x2) b.start_row(blockIdx.x, d);
+    load_branch(a, x1, half1, factor1, rows1, d);
+    load_branch(b, x2, half2, factor2, rows2, d);
     residual += (size_t)blockIdx.x * d;
+    load(h, residual, 0.0f, d);
     float2 inverse = make_float2(1, 1);
-    if (a.weight || b.weight) {
-        float2 squares = make_float2(0, 0);
-        for (int i = threadIdx.x; i < d; i += THREADS) {
-            const float first = a.at(i), second = x2 ? b.at(i) : 0.0f;
-            squares.x = fmaf(first, first, squares.x), squares.y = fmaf(second, second, squares.y);
-        }
-        squares = block_sums(squares);
-        if (a.weight) inverse.x = 1 / sqrtf(squares.x / d + a.eps);
-        if (b.weight) inverse.y = 1 / sqrtf(squares.y / d + b.eps);
+    if (weight1 || weight2) {
+        const float2 squares = block_sums(make_float2(sum_of_squares(a), sum_of_squares(b)));
+        if (weight1) inverse.x = 1 / sqrtf(squares.x / d + eps1);
+        if (weight2) inverse.y = 1 / sqrtf(squares.y / d + eps2);
     }
-    auto sum = [&](int i) {
-        float total = a.at(i) * inverse.x * (a.weight ? a.weight[i] : 1.0f);
-        if (x2) total += b.at(i) * inverse.y * (b.weight ? b.weight[i] : 1.0f);
-        return total;
-    };
-    float outer = 1;
-    if (weight) {
-        float squares = 0;
-        for (int i = threadIdx.x; i < d; i += THREADS) {
-            const float total = sum(i);
-            squares = fmaf(total, total, squares);
+#pragma unroll
+    for (int j = 0; j < VECTORS; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) a[j][i] = a[j][i] * inverse.x * w1[j][i] + b[j][i] * inverse.y * w2[j][i];
+    const float outer = weight ? 1 / sqrtf(block_sums(make_float2(sum_of_squares(a), 0)).x / d + eps) : 1.0f;
+#pragma unroll
+    for (int j = 0; j < VECTORS; j++) {
+        const int at = 4 * (threadIdx.x + j * THREADS);
+#pragma unroll
+        for (int i = 0; i < 4; i++) h[j][i] = (h[j][i] + a[j][i] * outer * w[j][i]) * scale;
+        if (d % 4 == 0 && at < d) {
+            *reinterpret_cast<float4*>(residual + at) = make_float4(h[j][0], h[j][1], h[j][2], h[j][3]);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                if (at + i < d) residual[at + i] = h[j][i];
         }
-        outer = 1 / sqrtf(block_sums(make_float2(squares, 0)).x / d + eps);
     }
-    for (int i = threadIdx.x; i < d; i += THREADS)
-        residual[i] = (residual[i] + sum(i) * outer * (weight ? weight[i] : 1.0f)) * scale;
 }

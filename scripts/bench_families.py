@@ -2,7 +2,10 @@
 
     python scripts/bench_families.py DIRECTORY [SHAPE ...]
 
-Each checkpoint is written to DIRECTORY (which takes the largest: 20 GB), measured and deleted; one row each is printed.
+Each checkpoint is written to DIRECTORY (which takes the largest: 20 GB), measured and deleted; one row each is printed:
+tokens per second as median, least and most of several runs; what a step must read, over its time, as a share of the
+read bandwidth measured here; peak memory without the CUDA context, and what was planned from the files' headers; of the
+experts that a token chooses, the share that the token before it chose (their weights may still be in a cache).
 """
 
 from __future__ import annotations
@@ -32,8 +35,8 @@ FAMILIES = ("qwen3-30b-a3b", "gemma-4-26b-a4b", "gemma-4-12b", "nemotron-3-nano-
 CONTEXT, PREFILL, NEW_TOKENS = 512, 2048, 128
 SMALL_CARDS = {"gemma-4-26b-a4b": "22.5GiB", "nemotron-nano-9b-v2": "14.5GiB", "gemma-4-12b": "14.5GiB"}
 SMALL_CONTEXT = 2048  # tokens that a smaller card has to hold, most of them a prompt
-HEADER = ("shape", "made", "load", f"decode, {CONTEXT} tokens of context", "8 sequences", f"prefill of {PREFILL}",
-          "peak memory", "plan", "experts chosen again")
+HEADER = ("shape", "made", "load", f"decode from {CONTEXT} tokens on, share of bandwidth", "the same, 8 sequences",
+          f"prefill of {PREFILL}", "peak memory", "plan", "experts chosen again")
 
 
 def expert_choices(llm: fp4rt.LLM, ids: list[int]) -> list[np.ndarray]:
@@ -93,14 +96,20 @@ def checkpoint(directory: Path, shape: str, layers: int | None) -> Iterator[tupl
         shutil.rmtree(path, ignore_errors=True)
 
 
-def measure(llm: fp4rt.LLM, sequences: int, prompt_tokens: int, new_tokens: int, repeat: int) -> tuple[float, float]:
-    """Median tokens per second of prefill and of decode."""
-    rng, rates = np.random.default_rng(1), []
+def measure(llm: fp4rt.LLM, sequences: int, prompt_tokens: int, new_tokens: int,
+            repeat: int) -> tuple[list[float], list[float]]:
+    """Tokens per second of prefill and of decode, of each run after one that warms up, in ascending order."""
+    rng, runs = np.random.default_rng(1), []
     for _ in range(repeat + 1):
         prompts = rng.integers(0, llm.engine.model.config.vocab_size, (sequences, prompt_tokens)).tolist()
         llm.generate(prompts, greedy(new_tokens))
-        rates.append((llm.timing.prefill_rate, llm.timing.decode_rate))
-    return tuple(map(statistics.median, zip(*rates[1:])))  # the first one compiled kernels
+        runs.append((llm.timing.prefill_rate, llm.timing.decode_rate))
+    prefill, decode = (sorted(rates) for rates in zip(*runs[1:]))
+    return prefill, decode
+
+
+def spread(rates: list[float], digits: int = 1) -> str:
+    return f"{statistics.median(rates):.{digits}f} ({rates[0]:.{digits}f} to {rates[-1]:.{digits}f})"
 
 
 def row(directory: Path, shape: str, layers: int | None, repeat: int, bandwidth: float) -> list[str]:
@@ -113,16 +122,20 @@ def row(directory: Path, shape: str, layers: int | None, repeat: int, bandwidth:
         with fp4rt.load(path, device="cuda", max_model_len=room) as llm:
             print("\n".join(llm.report), file=sys.stderr)
             load_seconds, held = llm.load_seconds, llm.ops.gpu.budget.used
-            alone, together = (measure(llm, sequences, CONTEXT, NEW_TOKENS, repeat)[1] for sequences in (1, 8))
-            step = llm.step_bytes() + llm.engine.cache.plan.read_bytes(CONTEXT + NEW_TOKENS / 2)
-            cells = [f"{alone:.1f} tokens/s, {alone * step / bandwidth:.3f} of bandwidth", f"{together:.1f} tokens/s",
-                     f"{measure(llm, 1, PREFILL, 1, repeat)[0]:.0f} tokens/s"]
+            cells = []
+            for sequences in (1, 8):
+                rates = measure(llm, sequences, CONTEXT, NEW_TOKENS, repeat)[1]
+                memory_bytes = sequences * llm.engine.cache.plan.read_bytes(CONTEXT + NEW_TOKENS / 2)
+                step = (llm.step_bytes(sequences) + memory_bytes) / sequences
+                cells.append(f"{spread(rates)}, {statistics.median(rates) * step / bandwidth:.3f}")
+            cells.append(spread(measure(llm, 1, PREFILL, 1, repeat)[0], 0))
             peak = memory.peak(llm)
             ids = llm.generate([7, 8, 9], greedy(61))[0].ids
             layers_choices = expert_choices(llm, ids)
             again = f"{np.mean([repeated(one) for one in layers_choices]):.3f}" if layers_choices else "-"
             print(f"{shape}: own allocations {held / 1e9:.3f} GB after loading, {llm.ops.gpu.budget.peak / 1e9:.3f} at "
-                  f"most; workspace {llm.workspace_bytes / 1e6:.1f} MB, planned {plan.workspace / 1e6:.1f}; {len(set(ids))} different tokens of {len(ids)}", file=sys.stderr)
+                  f"most; workspace {llm.workspace_bytes / 1e6:.1f} MB, planned {plan.workspace / 1e6:.1f}; "
+                  f"{len(set(ids))} different tokens of {len(ids)}", file=sys.stderr)
         cells = [shape, f"{made:.1f} s", f"{load_seconds:.1f} s", *cells, f"{peak / 1e9:.3f} GB",
                  f"{planned / 1e9:.3f} GB ({peak / planned - 1:+.1%})", again]
         if shape in SMALL_CARDS:

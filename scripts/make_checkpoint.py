@@ -43,7 +43,7 @@ NVFP4_GROUP = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 1
 
 
 class Layout:
-    """A checkpoint's tensors: `specs`, and the `content` of each - an array, or (kind, scale) of the pool to fill from."""
+    """A checkpoint's tensors: `specs`, and the `content` of each: an array, or (kind, scale) of a pool to fill from."""
 
     def __init__(self, quantization: dict, seed: int):
         self.specs: dict[str, Spec] = {}
@@ -91,7 +91,7 @@ class Layout:
         self.vector(f"{name}_bias", 0.1 * self.rng.standard_normal((experts, n)))
 
 
-# -- The families: each adds its tensors. What is added to the residual stream has a gain that keeps the sum near 1. ------
+# -- The families: each adds its tensors. What is added to the residual stream has a gain that keeps the sum near 1. ---
 
 
 def _decoder(config: dict, to: Layout) -> None:
@@ -136,7 +136,7 @@ def _gated_mlp(to: Layout, at: str, hidden: int, inner: int, gain: float = 1.0) 
 
 
 def _gemma4(whole: dict, to: Layout) -> None:
-    """Sublayers are normed before they are added, so their gains do not matter; the residual stream is damped instead."""
+    """Sublayers are normed before they are added: their gains do not matter, and layer_scalar damps the stream."""
     config, body = whole["text_config"], "model.language_model"
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     # A token's own embedding has to fade, as the head is the same matrix.
@@ -213,7 +213,7 @@ FAMILIES = {"llama": _decoder, "qwen3_moe": _decoder, "gpt_oss": _decoder, "gemm
             "nemotron_h": _nemotron_h}
 
 
-# -- The shapes: config.json as released, without what only other programs read. -------------------------------------------
+# -- The shapes: config.json as released, without what only other programs read. ---------------------------------------
 
 
 def _modelopt(ignore: list[str], kv: bool = False) -> dict:

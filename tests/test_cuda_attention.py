@@ -333,7 +333,7 @@ def test_softcap(device):
     np.testing.assert_allclose(got, 30 * np.tanh(x.astype(np.float64) / 30), rtol=1e-6)
 
 
-@pytest.mark.parametrize("width", [99, 2816])
+@pytest.mark.parametrize("width", [99, 1536, 2816, 5376])
 @pytest.mark.parametrize("kinds", ["h", "f", "hn", "fnO", "hO", "hnhnO", "fnhO", "hf"])
 def test_merge(device, width: int, kinds: str):
     """kinds: branches as h (fp16 with an exponent and, the second time, row factors) or f (float32), n for a norm on

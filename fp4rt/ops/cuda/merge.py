@@ -16,15 +16,16 @@ _THREADS = 512  # as in kernels/merge.cu
 
 def variants(capability: int) -> list[tuple[str, dict[str, int], int]]:
     """Every (stem, defines, dynamic shared bytes) that this module may launch on an architecture."""
-    return [("merge", {}, 0)]
+    return [("merge", {"VECTORS": vectors}, 0) for vectors in (1, 2, 3)]
 
 
 def merge(device: Device, residual: cupy.ndarray, branches: Sequence[tuple[Activation | cupy.ndarray, Norm | None]],
           norm: Norm | None, scale: float) -> cupy.ndarray:
     """Ops.merge in place, of one or two branches, each an activation or float32 [T, d]."""
     first, second = branches if len(branches) == 2 else (*branches, (None, None))
-    device.kernel("merge", "merge")(residual.shape[0], _THREADS, residual, *_branch(*first), *_branch(*second),
-                                    *_norm(norm), float(scale), residual.shape[1], pdl=True)
+    tokens, d = residual.shape
+    device.kernel("merge", "merge", VECTORS=-(-d // (4 * _THREADS)))(
+        tokens, _THREADS, residual, *_branch(*first), *_branch(*second), *_norm(norm), float(scale), d, pdl=True)
     return residual
 
 

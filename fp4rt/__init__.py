@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fp4rt.async_llm import AsyncLLM
     from fp4rt.errors import Fp4rtError
-    from fp4rt.llm import LLM, Output, Session, load
+    from fp4rt.llm import LLM, Output, load
     from fp4rt.sampling import Sampling
+    from fp4rt.session import Session
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "Fp4rtError", "Output", "Sampling", "Session", "load"]
+__all__ = ["LLM", "AsyncLLM", "Fp4rtError", "Output", "Sampling", "Session", "load"]
 
-_HOMES = {"LLM": "llm", "Output": "llm", "Session": "llm", "load": "llm", "Sampling": "sampling", "Fp4rtError": "errors"}
+_HOMES = {"LLM": "llm", "AsyncLLM": "async_llm", "Output": "llm", "Session": "session", "load": "llm", "Sampling": "sampling", "Fp4rtError": "errors"}
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fp4rt.llm import LLM
 
 OPERATIONS = ("embed", "linear", "attention", "route", "experts", "merge", "per_layer_inputs", "per_layer_gate", "mamba",
-              "logits", "sample", "advance")
+              "logits", "sample", "logprobs", "advance")
 _WEIGHTS = {"linear": ("weight",), "route": ("router",), "experts": ("up", "down"), "logits": ("head",),
             "per_layer_inputs": ("projection",), "per_layer_gate": ("gate",)}
 _SIGNATURES = {name: inspect.signature(getattr(Ops, name)) for name in OPERATIONS}

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any
+
+import numpy as np
 
 from fp4rt.batch import PAGE_TOKENS
 from fp4rt.errors import Fp4rtError
@@ -27,7 +31,7 @@ def describe(shape: Memory) -> str:
     if shape is None:
         return "no memory"
     notes = [f"window {shape.window}" if shape.window else "", "values are keys" if shape.values_are_keys else "",
-             "reads another layer's" if shape.shares is not None else ""]
+             "reads another layer's" if shape.shares is not None else "", "K/V in FP8" if shape.fp8_scales else ""]
     return ", ".join([f"attention of {shape.num_heads} heads on {shape.num_kv_heads} of {shape.head_dim}",
                       *filter(None, notes)])
 
@@ -37,17 +41,28 @@ class Remembered:
     """Where one sequence is remembered: a page list for each group of layers, and a slot (0 for none).
 
     Entry i of a list holds tokens 64 i to 64 i + 63; pages that no query can see any more are 0, which is nobody's.
+    digests: what identifies each whole page's tokens and all before them; the first `published` of them can be found
+    by other sequences.
     """
 
     pages: list[list[int]] = field(default_factory=list)
     slot: int = 0
+    digests: list[bytes] = field(default_factory=list)
+    published: int = 0
+
+    def identify(self, ids: Sequence[int], salt: str) -> None:
+        """Bring `digests` up to date with ids, which may only have grown."""
+        for i in range(len(self.digests), len(ids) // PAGE_TOKENS):
+            before = self.digests[-1] if self.digests else blake2b(salt.encode(), digest_size=16).digest()
+            block = np.array(ids[i * PAGE_TOKENS:(i + 1) * PAGE_TOKENS], np.int32)
+            self.digests.append(blake2b(before + block.tobytes(), digest_size=16).digest())
 
 
 class Plan:
     """How a model's memory is laid out: layers with one window share a page numbering, and so a group."""
 
-    def __init__(self, ops: Ops, memory: Sequence[Memory]):
-        self.ops, self.memory = ops, memory
+    def __init__(self, ops: Ops, memory: Sequence[Memory], max_sequences: int | None = None):
+        self.ops, self.memory, self._max_sequences = ops, memory, max_sequences
         paged = [shape for shape in memory if isinstance(shape, AttentionShape) and shape.shares is None]
         self.windows = sorted({shape.window for shape in paged}, key=lambda w: (w is not None, w)) or [None]
         self.page_bytes = [sum(ops.kv_page_bytes(shape) for shape in paged if shape.window == window)
@@ -56,7 +71,9 @@ class Plan:
 
     @property
     def sequences(self) -> int:
-        """How many sequences may run in one step: each needs a slot, and slots together take little."""
+        """How many sequences may run in one step. Where that is not given, slots of state together take little."""
+        if self._max_sequences:
+            return self._max_sequences
         return min(MAX_SEQUENCES, max(8, SLOTS_BYTES // self.slot_bytes)) if self.slot_bytes else MAX_SEQUENCES
 
     def group(self, shape: AttentionShape) -> int:
@@ -80,14 +97,68 @@ class Plan:
         return sum((n + 1) * size for n, size in zip(pages, self.page_bytes)) + (slots + 1) * self.slot_bytes
 
 
-class Cache:
-    """Pages and slots as planned; number 0 is never handed out and serves padded rows."""
+class _Pages:
+    """The pages of one group of layers: who holds them, and which hold a known text.
 
-    def __init__(self, plan: Plan, pages: Sequence[int], slots: int):
+    A page that a whole block of tokens has been written to can be published under its digest: sequences that begin
+    with the same tokens then share it. When nobody holds it any more it stays, idle, until its room is needed; the
+    one that was used longest ago goes first.
+    """
+
+    def __init__(self, count: int):
+        self.free = list(range(count, 0, -1))
+        self.users = [0] * (count + 1)
+        self.idle: OrderedDict[int, None] = OrderedDict()
+        self.found: dict[bytes, int] = {}
+        self.digest: dict[int, bytes] = {}
+
+    @property
+    def available(self) -> int:
+        return len(self.free) + len(self.idle)
+
+    def take(self) -> int:
+        """A page of one's own. There must be one available."""
+        if self.free:
+            page = self.free.pop()
+        else:
+            page, _ = self.idle.popitem(last=False)
+            del self.found[self.digest.pop(page)]
+        self.users[page] = 1
+        return page
+
+    def share(self, digest: bytes) -> int:
+        """One more user for a published page."""
+        page = self.found[digest]
+        self.idle.pop(page, None)
+        self.users[page] += 1
+        return page
+
+    def release(self, page: int) -> None:
+        self.users[page] -= 1
+        if self.users[page]:
+            return
+        if page in self.digest:
+            self.idle[page] = None
+        else:
+            self.free.append(page)
+
+    def publish(self, page: int, digest: bytes) -> None:
+        """Let others find what is in a page, unless another page with the same is known."""
+        if digest not in self.found and page not in self.digest:
+            self.found[digest] = page
+            self.digest[page] = digest
+
+
+class Cache:
+    """Pages and slots as planned; number 0 is never handed out and serves padded rows.
+
+    prefix_caching: whole pages are found again by what they hold (as vLLM does; Kwon et al. 2023), where everything
+    that a model remembers lies in pages: a recurrent state cannot go back to an earlier token.
+    """
+
+    def __init__(self, plan: Plan, pages: Sequence[int], slots: int, prefix_caching: bool = True):
         self.plan = plan
         self.layers: list[Any] = []
-        self.num_pages, self.nbytes = list(pages), plan.nbytes(pages, slots)
-        plan.ops.expect(self.nbytes)
         for shape in plan.memory:
             if isinstance(shape, MambaShape):
                 self.layers.append(plan.ops.mamba_state(shape, slots + 1))
@@ -96,8 +167,10 @@ class Cache:
             else:
                 group = plan.group(shape)
                 self.layers.append(plan.ops.kv_pages(shape, pages[group] + 1, group))
-        self.rewindable = plan.slot_bytes == 0  # a recurrent state cannot go back to an earlier token
-        self._free = [list(range(n, 0, -1)) for n in pages]
+        self.rewindable = plan.slot_bytes == 0
+        self.prefix_caching = prefix_caching and self.rewindable
+        self.num_pages, self.nbytes = list(pages), plan.nbytes(pages, slots)
+        self._groups = [_Pages(n) for n in pages]
         self._free_slots = list(range(slots, 0, -1))
 
     @property
@@ -107,40 +180,84 @@ class Cache:
 
     @property
     def empty(self) -> bool:
-        return [len(free) for free in self._free] == self.num_pages
+        """Whether no sequence holds a page."""
+        return self.pages_in_use == 0
+
+    @property
+    def pages_in_use(self) -> int:
+        """Pages that sequences hold, over all groups."""
+        return sum(n - group.available for n, group in zip(self.num_pages, self._groups))
 
     def missing(self, held: Remembered, tokens: int) -> list[int]:
         """Pages per group that `held` lacks for its first `tokens` tokens."""
-        lists = held.pages or [[]] * len(self._free)
+        lists = held.pages or [[]] * len(self._groups)
         return [max(0, pages_for(tokens) - len(pages)) for pages in lists]
 
     def fits(self, missing: Sequence[int]) -> bool:
-        return all(n <= len(free) for n, free in zip(missing, self._free))
+        return all(n <= group.available for n, group in zip(missing, self._groups))
 
     def grow(self, held: Remembered, tokens: int) -> bool:
         """Give `held` pages for its first `tokens` tokens; False, and nothing taken, if they are not there."""
-        held.pages = held.pages or [[] for _ in self._free]
+        held.pages = held.pages or [[] for _ in self._groups]
         missing = self.missing(held, tokens)
         if not self.fits(missing):
             return False
-        for pages, free, count in zip(held.pages, self._free, missing):
-            pages.extend(free.pop() for _ in range(count))
+        for pages, group, count in zip(held.pages, self._groups, missing):
+            pages.extend(group.take() for _ in range(count))
         return True
 
     def trim(self, held: Remembered, remembered: int) -> None:
         """Free the pages that lie behind their group's window for every query from position `remembered` on."""
-        for pages, free, window in zip(held.pages, self._free, self.plan.windows):
+        for pages, group, window in zip(held.pages, self._groups, self.plan.windows):
             if window is not None:
-                for i in range(max(0, remembered - window + 1) // PAGE_TOKENS):
+                for i in range(self._first_seen(remembered, window)):
                     if pages[i]:
-                        free.append(pages[i])
+                        group.release(pages[i])
                         pages[i] = 0
 
-    def reaches_back(self, held: Remembered, remembered: int) -> bool:
-        """Whether what a query at position `remembered` sees is still there."""
-        return self.rewindable and all(
-            all(pages[max(0, remembered - (window or remembered) + 1) // PAGE_TOKENS:pages_for(remembered)])
-            for pages, window in zip(held.pages, self.plan.windows))
+    @staticmethod
+    def _first_seen(position: int, window: int | None) -> int:
+        """The first page that a query at `position` looks into."""
+        return max(0, position - (window or position + 1) + 1) // PAGE_TOKENS
+
+    def attach(self, held: Remembered, ids: Sequence[int], salt: str = "") -> int:
+        """Hold what is known of how `ids` begin; how many tokens that is (not all: one is left to compute).
+
+        Pages are found only by sequences of the same salt. `held` must be empty.
+        """
+        if not self.prefix_caching:
+            return 0
+        held.identify(ids, salt)
+        digests = held.digests[:(len(ids) - 1) // PAGE_TOKENS]
+        known = len(digests)
+        for group, window in zip(self._groups, self.plan.windows):
+            if window is None:
+                known = next((i for i in range(known) if digests[i] not in group.found), known)
+        while known and not all(all(digest in group.found for digest in
+                                    digests[self._first_seen(known * PAGE_TOKENS, window):known])
+                                for group, window in zip(self._groups, self.plan.windows)):
+            known -= 1
+        held.pages = [[0] * first + [group.share(digest) for digest in digests[first:known]]
+                      for group, first in ((group, self._first_seen(known * PAGE_TOKENS, window))
+                                           for group, window in zip(self._groups, self.plan.windows))]
+        held.published = known
+        return known * PAGE_TOKENS
+
+    def publish(self, held: Remembered, ids: Sequence[int], remembered: int, salt: str = "") -> None:
+        """Let later sequences find the whole pages among the first `remembered` tokens of ids."""
+        whole = remembered // PAGE_TOKENS
+        if not self.prefix_caching or whole <= held.published:
+            return
+        held.identify(ids, salt)
+        for pages, group in zip(held.pages, self._groups):
+            for i in range(held.published, whole):
+                if pages[i]:
+                    group.publish(pages[i], held.digests[i])
+        held.published = whole
+
+    @property
+    def has_slot(self) -> bool:
+        return bool(self._free_slots)
 
     def take_slot(self, held: Remembered) -> None:
         """A place for recurrent state; there are as many as sequences may run."""
@@ -148,14 +265,12 @@ class Cache:
             raise Fp4rtError("memory", "no slot for another sequence is free")
         held.slot = self._free_slots.pop()
 
-    def give_back_slot(self, held: Remembered) -> None:
+    def give_back(self, held: Remembered) -> None:
+        """Free everything that `held` holds; the beginning of a text is kept longest for others to find."""
         if held.slot:
             self._free_slots.append(held.slot)
-            held.slot = 0
-
-    def give_back(self, held: Remembered) -> None:
-        """Free everything that `held` holds."""
-        self.give_back_slot(held)
-        for pages, free in zip(held.pages, self._free):
-            free.extend(page for page in reversed(pages) if page)
-        held.pages = []
+        for pages, group in zip(held.pages, self._groups):
+            for page in reversed(pages):
+                if page:
+                    group.release(page)
+        held.pages, held.slot, held.published = [], 0, 0

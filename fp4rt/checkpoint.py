@@ -245,16 +245,23 @@ class Checkpoint:
 
     def finish_checks(self) -> None:
         """Wait for all checks; raises what the first one found, in the order they were asked for."""
-        checks, self._checks = self._checks, []
-        for check in checks:
-            check.result()
+        try:
+            for check in self._checks:
+                check.result()
+        finally:
+            self.drop_checks()
+
+    def drop_checks(self) -> None:
+        """Begin no more checks, and wait for those under way: the files are nobody's business afterwards."""
+        self._checks = []
         if self._checker is not None:
-            self._checker.shutdown()
+            self._checker.shutdown(cancel_futures=True)
             self._checker = None
 
     def skip(self, name: str, reason: str) -> None:
-        """Note that a tensor is deliberately not used, and why."""
-        self.skipped[name] = reason
+        """Note that a tensor is deliberately not used, and why; one that has been read is."""
+        if name not in self._read:
+            self.skipped[name] = reason
 
     def unread(self) -> list[str]:
         """The tensors that nothing asked for."""

@@ -11,9 +11,10 @@ class Fp4rtError(Exception):
     """A problem with what fp4rt was given, told in one line: what it is about, what was found, what to do.
 
     `kind` is one of "checkpoint" (a file is wrong or unsupported), "device" (driver, GPU, toolchain),
-    "memory" (it does not fit) or "request" (a prompt, option or argument is wrong).
+    "memory" (it does not fit), "request" (a prompt, option or argument is wrong) or "overload" (ask again later).
+    `param` names the argument that is wrong, where one is.
     """
 
-    def __init__(self, kind: str, message: str):
+    def __init__(self, kind: str, message: str, param: str | None = None):
         super().__init__(message)
-        self.kind = kind
+        self.kind, self.param = kind, param

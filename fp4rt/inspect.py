@@ -11,7 +11,7 @@ from fp4rt.batch import PAGE_TOKENS
 from fp4rt.cache import Plan, describe
 from fp4rt.errors import Fp4rtError
 from fp4rt.formats import Fp8
-from fp4rt.llm import DEFAULT_CONTEXT, cache_pages, check_context, parse_size, reserve_workspace
+from fp4rt.room import DEFAULT_CONTEXT, cache_pages, check_context, parse_size, reserve_workspace
 from fp4rt.loading import Loader
 from fp4rt.models import load_model, read_config
 from fp4rt.ops.planning import Headers, planning_ops
@@ -65,7 +65,8 @@ class Inspection:
 
 
 def inspect(path: str | Path, *, device: str = "auto", arch: str | None = None, gpu_memory: int | str | None = None,
-            max_model_len: int | None = None, deterministic: bool = False, scale_layout: str = "auto") -> Inspection:
+            max_model_len: int | None = None, deterministic: bool = False, scale_layout: str = "auto",
+            kv_dtype: str = "auto") -> Inspection:
     """Plan what `load` would do with these arguments for a checkpoint directory. Raises Fp4rtError where it would."""
     checkpoint = Headers(path, scale_layout=scale_layout)
     config, sizes = read_config(checkpoint)
@@ -73,10 +74,10 @@ def inspect(path: str | Path, *, device: str = "auto", arch: str | None = None, 
     check_context(max_model_len, longest)
     room = max_model_len or min(longest, DEFAULT_CONTEXT)
     ops = planning_ops(device, arch, parse_size(gpu_memory), deterministic)
-    loader = Loader(ops)
+    loader = Loader(ops, kv_dtype)
     model = load_model(checkpoint, loader, room)
     plan = Plan(ops, model.memory)
-    workspace = reserve_workspace(ops, model, plan, room)
+    workspace = reserve_workspace(ops, model, plan, room, ops.step_tokens)
 
     kinds: dict[tuple[str, str, str], list[int]] = {}
     for loaded in loader.linears:
@@ -94,7 +95,7 @@ def inspect(path: str | Path, *, device: str = "auto", arch: str | None = None, 
     weight_bytes = linear_bytes + other_bytes
 
     def cache_bytes(tokens: int) -> int:
-        return plan.nbytes(cache_pages(ops, plan, tokens), plan.sequences)
+        return plan.nbytes(cache_pages(plan, tokens, ops.step_tokens), plan.sequences)
 
     free, largest = ops.free_memory(), None
     if free is not None:

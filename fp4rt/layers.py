@@ -104,7 +104,7 @@ class GatedMLP:
         self.down_proj = load.linear(scope, {"down_proj": hidden}, inner, bias=bias)
 
     def __call__(self, h: Any, norm: Any) -> Any:
-        x = self.ops.linear(h, self.gate_up_proj, norm=norm, activation="silu")
+        x = self.ops.linear(h, self.gate_up_proj, norm=norm, activation="silu", then=self.down_proj)
         return self.ops.linear(x, self.down_proj, residual=h)
 
 
@@ -155,7 +155,8 @@ def build_decoder(scope: Scope, source: Config, config: DecoderConfig, load: Loa
                   progress: Progress, *, attention: Callable[..., Block] = Attention,
                   mlp: Callable[[Scope, int], Block] | None = None) -> Decoder:
     """A decoder of pre-norm layers in Llama's tensor names; `attention` and `mlp` make the blocks that differ."""
-    memory = [config.attention_shape(i) for i in range(config.num_hidden_layers)]
+    memory = [load.remembered(scope.at(f"model.layers.{i}.self_attn"), config.attention_shape(i))
+              for i in range(config.num_hidden_layers)]
     rope = load.ops.rope_table(*inverse_frequencies(source, config.head_dim), max_positions)
     embed_tokens, lm_head = load.embedding_and_head(
         scope.at("model.embed_tokens"), None if config.tie_word_embeddings else scope.at("lm_head"),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fp4rt.checkpoint import Scope
 from fp4rt.errors import Fp4rtError
-from fp4rt.formats import ExpertShape, Weight, read_experts, read_vector, read_weight
-from fp4rt.ops import Linear, Ops
+from fp4rt.formats import ExpertShape, Weight, read_experts, read_kv_scales, read_vector, read_weight
+from fp4rt.ops import AttentionShape, Linear, Ops
+
+KV_DTYPES = ("auto", "fp8")
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,29 @@ def _as_stored(weight: Weight, place: str) -> Weight:
 class Loader:
     """Builds handles for model blocks. `linears` is the inventory, in the order the model asked.
 
+    kv_dtype: "auto" (the backend's own precision for keys and values) or "fp8".
     requantize: (weight, place) -> the weight to load instead; place is "layers", "router" or "lm_head".
     """
 
     ops: Ops
+    kv_dtype: str = "auto"
     requantize: Callable[[Weight, str], Weight] = _as_stored
     linears: list[Loaded] = field(default_factory=list)
     norm_bytes: int = 0
     embedding_bytes: int = 0  # of a token table that is not the head as well
+    fp8_layers: dict[bool, int] = field(default_factory=dict)  # with FP8 keys and values: scaled by the file or not
+
+    def __post_init__(self) -> None:
+        if self.kv_dtype not in KV_DTYPES:
+            raise Fp4rtError("request", f"kv_dtype is {self.kv_dtype!r}; it must be one of {', '.join(KV_DTYPES)}")
+
+    def remembered(self, scope: Scope, shape: AttentionShape) -> AttentionShape:
+        """What the attention module at `scope` remembers: `shape`, with its FP8 scales where FP8 is asked for."""
+        if self.kv_dtype == "auto" or shape.shares is not None:
+            return shape
+        scales = read_kv_scales(scope)
+        self.fp8_layers[scales is not None] = self.fp8_layers.get(scales is not None, 0) + 1
+        return replace(shape, fp8_scales=scales or (1.0, 1.0))
 
     def linear(self, scope: Scope, parts: dict[str, int], in_features: int, *, bias: bool = False,
                gated: bool = False) -> Linear:
@@ -130,9 +147,13 @@ class Loader:
         for loaded in self.linears:
             formats = "+".join(dict.fromkeys(loaded.formats))
             kinds.setdefault((formats, loaded.linear.kernel, loaded.linear.reason), []).append(loaded)
-        return [f"{sum(len(one.names) for one in group)} {formats} linears, "
-                f"{sum(one.linear.nbytes for one in group) / 1e6:.1f} MB: {kernel} ({reason})"
-                for (formats, kernel, reason), group in kinds.items()]
+        lines = [f"{sum(len(one.names) for one in group)} {formats} linears, "
+                 f"{sum(one.linear.nbytes for one in group) / 1e6:.1f} MB: {kernel} ({reason})"
+                 for (formats, kernel, reason), group in kinds.items()]
+        for scaled, count in self.fp8_layers.items():
+            lines.append(f"FP8 K/V of {count} layers, " + ("with the checkpoint's scales" if scaled else
+                         "with scale 1.0, for the checkpoint has none: what exceeds 448 saturates"))
+        return lines
 
 
 def _formats(weights: list[Weight], taken: list[Weight]) -> tuple[str, ...]:

@@ -1,15 +1,15 @@
 """How the next token is chosen: the options a caller may give, and their exact meaning on the host.
 
-`draw` is the definition that every backend's sampler follows. Top-p (nucleus): Holtzman et al. 2020; min-p:
-Nguyen et al. 2024; repetition penalty: Keskar et al. 2019; Gumbel-max trick: Gumbel 1954; random stream: Philox4x32-10,
-Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
+`draw` is the definition that every backend's sampler follows, and `logprobs` that of what it reports. Top-p (nucleus):
+Holtzman et al. 2020; min-p: Nguyen et al. 2024; repetition penalty: Keskar et al. 2019; Gumbel-max trick: Gumbel 1954;
+random stream: Philox4x32-10, Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
 """
 
 from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,8 @@ _RANGES = {
 }
 _OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0,
         "presence_penalty": 0.0, "frequency_penalty": 0.0}
+MAX_BIASES = 1024       # ids that one row's logit_bias may hold
+MAX_LOGPROBS = 20       # likeliest ids of a row whose log-probabilities may be asked for
 _MIN_TEMPERATURE = 1e-3  # below it logits / temperature may leave float32; 0 says what is meant
 
 
@@ -49,6 +51,24 @@ def _number(name: str, value: Any) -> int | float:
     raise Fp4rtError("request", f"{name} is {value!r}; it must be {words}")
 
 
+def _biases(given: Mapping[int, float] | Iterable[tuple[int, float]] | None) -> tuple[tuple[int, float], ...]:
+    """logit_bias as pairs by ascending id, or Fp4rtError("request") saying what is wrong in it."""
+    words = f"it must be numbers from -100 to 100 for at most {MAX_BIASES} different token ids"
+    try:
+        pairs = [(token, bias) for token, bias in (given.items() if isinstance(given, Mapping) else given or ())]
+    except (TypeError, ValueError):
+        raise Fp4rtError("request", f"logit_bias is {given!r}; {words}") from None
+    if len(pairs) > MAX_BIASES:
+        raise Fp4rtError("request", f"logit_bias is for {len(pairs)} tokens; {words}")
+    kept: dict[int, float] = {}
+    for token, bias in pairs:
+        if not (isinstance(token, Integral) and isinstance(bias, Real) and token >= 0 and -100 <= bias <= 100) \
+                or isinstance(token, bool) or isinstance(bias, bool) or token in kept:
+            raise Fp4rtError("request", f"logit_bias is {bias!r} for token {token!r}; {words}")
+        kept[int(token)] = float(bias)
+    return tuple(sorted(kept.items()))
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are drawn and when to stop. None means: as the checkpoint's generation_config.json says.
@@ -58,6 +78,7 @@ class Sampling:
     repetition_penalty: for ids in the prompt or generated; presence_, frequency_penalty: for generated ids.
     seed: 64 bits; None is a fresh one each time. The same seed, settings and logits give the same tokens.
     stop: strings that end the text (they are not part of it). ignore_eos: go on after an end-of-text token.
+    logit_bias: {id: number from -100 to 100}, added to these ids' logits; kept as pairs by ascending id.
     Raises Fp4rtError("request") naming the option and its value.
     """
 
@@ -72,6 +93,7 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] | None = ()
 
     def __post_init__(self) -> None:
         for name in _RANGES:
@@ -84,6 +106,11 @@ class Sampling:
         object.__setattr__(self, "stop", tuple(stop))
         if not isinstance(self.ignore_eos, bool):
             raise Fp4rtError("request", f"ignore_eos is {self.ignore_eos!r}; it must be True or False")
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises Fp4rtError("request") for a logit_bias on an id that the model does not have."""
+        _check_ids(self.logit_bias, vocab_size)
 
     def resolve(self, generation_config: Mapping[str, Any]) -> Sampling:
         """The same with every None settled (max_tokens may stay None), as generation_config.json says.
@@ -106,6 +133,30 @@ class Sampling:
         if self.seed is None:
             chosen["seed"] = secrets.randbits(64)
         return replace(self, **chosen)
+
+
+def _check_ids(biases: tuple[tuple[int, float], ...], vocab_size: int) -> None:
+    outside = [token for token, _ in biases if not 0 <= token < vocab_size]
+    if outside:
+        raise Fp4rtError("request", f"logit_bias names token {outside[0]}; this model's ids are 0 to {vocab_size - 1}")
+
+
+def check_row(row: SamplerRow, vocab_size: int) -> None:
+    """Raises Fp4rtError("request") for a bias outside the vocabulary, a mask of another size or of no id."""
+    _check_ids(row.logit_bias, vocab_size)
+    if row.mask is not None:
+        words = -(-vocab_size // 32)
+        if row.mask.dtype != np.uint32 or row.mask.shape != (words,):
+            raise Fp4rtError("request", f"a row's mask is {row.mask.dtype} {list(row.mask.shape)}; it must be uint32 "
+                                        f"[{words}], one bit for each of the model's {vocab_size} ids")
+        if not allowed(row.mask, vocab_size).any():
+            raise Fp4rtError("request", "a row's mask allows no token at all; its grammar is at a dead end")
+
+
+def allowed(mask: np.ndarray, vocab_size: int) -> np.ndarray:
+    """bool [V]: bit i % 32 of word i // 32, of a mask uint32 [ceil(V / 32)]."""
+    octets = np.ascontiguousarray(mask, "<u4").view(np.uint8)
+    return np.unpackbits(octets, count=vocab_size, bitorder="little").view(bool)
 
 
 def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[np.ndarray, ...]:
@@ -151,16 +202,29 @@ def penalize(logits: np.ndarray, row: SamplerRow) -> np.ndarray:
     return logits
 
 
+def adjust(logits: np.ndarray, row: SamplerRow) -> np.ndarray:
+    """logits float32 [V] under penalties, then logit_bias, then the mask: -inf where it forbids (a copy if any)."""
+    adjusted = penalize(logits, row)
+    if (row.logit_bias or row.mask is not None) and adjusted is logits:
+        adjusted = logits.copy()
+    if row.logit_bias:
+        ids, biases = zip(*row.logit_bias)
+        adjusted[list(ids)] += np.array(biases, np.float32)
+    if row.mask is not None:
+        adjusted[~allowed(row.mask, len(logits))] = -np.inf
+    return adjusted
+
+
 def keep(z: np.ndarray, top_k: int, top_p: float, min_p: float) -> np.ndarray:
-    """The ids (ascending) that may be drawn, from z = logits / temperature, float32 [V].
+    """The ids (ascending) that may be drawn, from z = logits / temperature, float32 [V]; never one whose z is -inf.
 
     top_k: every id with z >= the k-th largest z; 0 is off. top_p, over the softmax of what that leaves: an id
     stays if and only if the ids with strictly larger z hold a mass below top_p. min_p: probability >= min_p times
     the largest. All three are thresholds on z, so equal logits always share their fate.
     """
-    threshold = np.float32(-np.inf)
+    threshold = np.finfo(np.float32).min
     if 0 < top_k < len(z):
-        threshold = np.partition(z, len(z) - top_k)[len(z) - top_k]
+        threshold = max(threshold, np.partition(z, len(z) - top_k)[len(z) - top_k])
     if top_p < 1:
         ranked = np.sort(z[z >= threshold])[::-1]
         mass = np.exp(ranked.astype(np.float64) - ranked[0])
@@ -175,16 +239,35 @@ def keep(z: np.ndarray, top_k: int, top_p: float, min_p: float) -> np.ndarray:
 
 
 def draw(logits: np.ndarray, row: SamplerRow) -> int:
-    """The next id from logits float32 [V], or -1 where they hold a NaN or an infinity.
+    """The next id from logits float32 [V], or -1 where they hold a NaN or an infinity (the mask's -inf come after).
 
-    Penalties first. Temperature 0: the largest logit. Otherwise z = logits / temperature, and of the ids that
-    `keep` leaves the one with the largest z + gumbel: a draw from their softmax. Ties go to the lowest id.
+    First `adjust`: penalties, logit_bias, mask. Temperature 0: the largest logit. Otherwise z = logits / temperature,
+    and of the ids that `keep` leaves the one with the largest z + gumbel: a draw from their softmax. Ties go to the
+    lowest id.
     """
     if not np.isfinite(logits).all():
         return -1
-    logits = penalize(logits, row)
+    logits = adjust(logits, row)
     if row.temperature == 0:
         return int(np.argmax(logits))
     z = logits / np.float32(row.temperature)
     kept = keep(z, row.top_k, row.top_p, row.min_p)
     return int(kept[np.argmax(z[kept] + gumbel(kept, row.seed, row.step))])
+
+
+def logprobs(logits: np.ndarray, token: int, top: int) -> np.ndarray:
+    """One row of Ops.logprobs, float32 [1 + 2 top], from the model's own logits float32 [V]."""
+    if token < 0 or not np.isfinite(logits).all():
+        return np.full(1 + 2 * top, np.nan, np.float32)
+    exact = logits.astype(np.float64)
+    exact -= exact.max() + math.log(np.exp(exact - exact.max()).sum())
+    likely = np.flatnonzero(logits >= np.partition(logits, -top)[-top]) if top else np.empty(0, np.intp)
+    likely = likely[np.argsort(-logits[likely], kind="stable")][:top]
+    return np.concatenate([exact[[token]], likely, exact[likely]], dtype=np.float32, casting="same_kind")
+
+
+def check_logprobs(top: int, vocab_size: int) -> None:
+    """Raises Fp4rtError("request") for more log-probabilities of likeliest ids than Ops.logprobs gives."""
+    most = min(MAX_LOGPROBS, vocab_size)
+    if not 0 <= top <= most:
+        raise Fp4rtError("request", f"log-probabilities of the {top} likeliest ids; it must be 0 to {most}")

@@ -4,11 +4,12 @@
 // grid T, block 128: keys and values of every new token go to their pages (nothing does where others is 0). A token
 // that no sequence owns gets a zero output row instead, so that what follows in the layer stays finite.
 extern "C" __global__ void __launch_bounds__(128)
-    attention_write(const __half* __restrict__ qkv, __half* keys, __half* values,
+    attention_write(const __half* __restrict__ qkv, Kv* keys, Kv* values,
                     const int* __restrict__ positions, const int* __restrict__ starts,
                     const int* __restrict__ pages, int sequences, int table_width, int heads, int kv_heads,
                     int others, const float* k_norm, float k_eps, const float* v_norm, float v_eps,
-                    const float2* rope, float value_scale, __half* __restrict__ out) {
+                    const float2* rope, float value_scale, float key_factor, float value_factor,
+                    __half* __restrict__ out) {
     wait_for_predecessor();
     const int token = blockIdx.x, warp = threadIdx.x / 32;
     if (token >= starts[sequences]) {
@@ -28,12 +29,13 @@ extern "C" __global__ void __launch_bounds__(128)
     for (int i = warp; i < 2 * kv_heads; i += 4) {
         const int kv_head = i % kv_heads;
         const size_t target = head_in_page(page, kv_heads, kv_head, position % PAGE);
-        if (i < kv_heads)
-            open_head(row + (size_t)(heads + kv_head) * HEAD_DIM, keys + target, k_norm, k_eps, rope, position,
-                      value_scale);
-        else
-            write_value(row + (size_t)(heads + others - kv_heads + kv_head) * HEAD_DIM, values + target, v_norm, v_eps,
-                        value_scale);
+        const bool is_key = i < kv_heads;
+        Opening opening;
+        opening.load(is_key ? k_norm : v_norm, is_key ? rope : nullptr, position);
+        Head head;
+        head.load_half(row + (size_t)(heads + (is_key ? 0 : others - kv_heads) + kv_head) * HEAD_DIM);
+        opening.open(head, is_key ? k_eps : v_eps, value_scale);
+        head.store((is_key ? keys : values) + target, is_key ? key_factor : value_factor);
     }
 }
 
@@ -63,30 +65,65 @@ __device__ __forceinline__ void load_matrices_transposed(unsigned (&r)[4], const
                  : "r"((unsigned)__cvta_generic_to_shared(row)));
 }
 
-// FLASH_KEYS keys or values from `first` on into shared memory; rows from `length` on are zero.
-__device__ __forceinline__ void load_tile(__half* tile, const __half* store, const int* table, int kv_heads,
-                                          int kv_head, int first, int length) {
-    const __half* source = store + head_in_page(table[first / PAGE], kv_heads, kv_head, first % PAGE);
-    constexpr int PIECES = HEAD_DIM / 8;
-#pragma unroll
-    for (int i = threadIdx.x; i < FLASH_KEYS * PIECES; i += 32 * FLASH_WARPS) {
-        const int row = i / PIECES, column = i % PIECES * 8;
-        copy_async(tile + row * STRIDE + column, source + row * HEAD_DIM + column,
-                   first + row < length ? 16 : 0);
+constexpr int PIECE = 16 / sizeof(Kv);  // numbers of 16 bytes of a page
+constexpr int ROW_PIECES = HEAD_DIM / PIECE, PIECES = FLASH_KEYS * ROW_PIECES, THREADS = 32 * FLASH_WARPS;
+constexpr int TURNS = (PIECES + THREADS - 1) / THREADS;
+
+// FLASH_KEYS keys or values from `first` on, on their way into shared memory; rows from `length` on are zero. fp16 is
+// copied there by itself. Codes come by registers, which hold them while the tiles before are used: `finish` puts them
+// down (where STAGES is 1, `load` does).
+struct Tile {
+#if KV_FP8
+    uint4 codes[STAGES == 2 ? TURNS : 1];
+#endif
+    __device__ __forceinline__ void load(__half* tile, const Kv* store, const int* table, int kv_heads, int kv_head,
+                                         int first, int length) {
+        const Kv* source = store + head_in_page(table[first / PAGE], kv_heads, kv_head, first % PAGE);
+#pragma unroll(KV_FP8 && STAGES == 1 ? 1 : TURNS)
+        for (int n = 0; n < TURNS; n++) {
+            const int i = threadIdx.x + n * THREADS;
+            if (i >= PIECES) break;
+            const int row = i / ROW_PIECES, column = i % ROW_PIECES * PIECE;
+            const Kv* from = source + row * HEAD_DIM + column;
+#if KV_FP8
+            uint4& held = codes[STAGES == 2 ? n : 0];
+            held = first + row < length ? __ldcg(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
+            if (STAGES == 1) put(tile, i, held);
+#else
+            copy_async(tile + row * STRIDE + column, from, first + row < length ? 16 : 0);
+#endif
+        }
     }
-}
+    __device__ __forceinline__ void finish(__half* tile) const {
+#if KV_FP8 && __CUDA_ARCH__ >= 800
+#pragma unroll
+        for (int n = 0; n < TURNS; n++)
+            if (threadIdx.x + n * THREADS < PIECES) put(tile, threadIdx.x + n * THREADS, codes[n]);
+#endif
+    }
+    static __device__ __forceinline__ void put(__half* tile, int i, const uint4& codes) {
+        uint4* to = reinterpret_cast<uint4*>(tile + i / ROW_PIECES * STRIDE + i % ROW_PIECES * PIECE);
+        to[0] = widen(codes.x, codes.y), to[1] = widen(codes.z, codes.w);
+    }
+    static __device__ __forceinline__ uint4 widen(unsigned first, unsigned second) {
+        unsigned even[2], odd[2];
+        from_e4m3(first, even[0], odd[0]), from_e4m3(second, even[1], odd[1]);
+        return make_uint4(__byte_perm(even[0], odd[0], 0x5410), __byte_perm(even[0], odd[0], 0x7632),
+                          __byte_perm(even[1], odd[1], 0x5410), __byte_perm(even[1], odd[1], 0x7632));
+    }
+};
 
 // grid (kv_heads, row tiles of all sequences at most), block 32 * FLASH_WARPS. A row's result does not depend
 // on the tile it falls into: key tiles start at multiples of FLASH_KEYS, and a tile that is masked for a row
 // changes nothing in it. skip_single: leave sequences with one new token to attention_decode.
 extern "C" __global__ void __launch_bounds__(32 * FLASH_WARPS, 1)
-    attention_prefill(const __half* __restrict__ qkv, const __half* __restrict__ keys,
-                      const __half* __restrict__ values, const int* __restrict__ positions,
+    attention_prefill(const __half* __restrict__ qkv, const Kv* __restrict__ keys,
+                      const Kv* __restrict__ values, const int* __restrict__ positions,
                       const int* __restrict__ starts, const int* __restrict__ lengths,
                       const int* __restrict__ pages, int sequences, int table_width, int heads, int kv_heads,
                       int others, int skip_single, const float* q_norm, float q_eps, const float2* rope,
                       float value_scale, float scale_log2, int window, const float* __restrict__ sinks,
-                      __half* __restrict__ out) {
+                      float out_factor, __half* __restrict__ out) {
     extern __shared__ __align__(16) __half shared[];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int warp_row = warp / SPLIT * 16, first_dimension = warp % SPLIT * PART_DIM;
@@ -134,7 +171,12 @@ extern "C" __global__ void __launch_bounds__(32 * FLASH_WARPS, 1)
             const int token = start + row / group;
             const __half* source =
                 qkv + ((size_t)token * (heads + others) + kv_head * group + row % group) * HEAD_DIM;
-            open_head(source, target, q_norm, q_eps, rope, positions[token], value_scale);
+            Opening opening;
+            opening.load(q_norm, rope, positions[token]);
+            Head head;
+            head.load_half(source);
+            opening.open(head, q_eps, value_scale);
+            head.store(target, 1.0f);
         } else {
             for (int j = lane; j < HALF_DIM; j += 32) reinterpret_cast<unsigned*>(target)[j] = 0;
         }
@@ -161,18 +203,20 @@ extern "C" __global__ void __launch_bounds__(32 * FLASH_WARPS, 1)
     auto tile_at = [&](int key, int kind) {  // kind: 0 for keys, 1 for values
         return shared + (TILES_AT + (IN_TURN ? 0 : key / FLASH_KEYS % STAGES * 2 + kind) * FLASH_KEYS) * STRIDE;
     };
+    Tile key_part, value_part;
     auto load = [&](int key) {
-        load_tile(tile_at(key, 0), keys, table, kv_heads, kv_head, key, length);
-        if (!IN_TURN) load_tile(tile_at(key, 1), values, table, kv_heads, kv_head, key, length);
+        key_part.load(tile_at(key, 0), keys, table, kv_heads, kv_head, key, length);
+        if (!IN_TURN) value_part.load(tile_at(key, 1), values, table, kv_heads, kv_head, key, length);
         copy_commit();
     };
     if (STAGES == 2 && first_key < end_key) load(first_key);
     for (int key = first_key; key < end_key; key += FLASH_KEYS) {
-        const __half *key_tile = tile_at(key, 0), *value_tile = tile_at(key, 1);
+        __half *key_tile = tile_at(key, 0), *value_tile = tile_at(key, 1);
         if (STAGES == 1) {
             __syncthreads();
             load(key);
         }
+        key_part.finish(key_tile), value_part.finish(value_tile);
         copy_wait<0>();
         __syncthreads();
         if (STAGES == 2 && key + FLASH_KEYS < end_key) load(key + FLASH_KEYS);
@@ -206,7 +250,7 @@ extern "C" __global__ void __launch_bounds__(32 * FLASH_WARPS, 1)
         }
         if (IN_TURN) {
             __syncthreads();
-            load_tile(tile_at(key, 1), values, table, kv_heads, kv_head, key, length);
+            value_part.load(value_tile, values, table, kv_heads, kv_head, key, length);
             __syncthreads();
         }
         float m[2] = {largest[0], largest[1]}, shrink[2], offset[2];
@@ -262,7 +306,7 @@ extern "C" __global__ void __launch_bounds__(32 * FLASH_WARPS, 1)
         if (row >= rows) continue;
         const int head = kv_head * group + row % group;
         if (sums[i] > 0) sums[i] += power_of_two(sink_score(sinks, head) - largest[i] * scale_log2);
-        const float inverse = sums[i] > 0 ? 1 / sums[i] : 0;
+        const float inverse = sums[i] > 0 ? out_factor / sums[i] : 0;
         __half* target = out + ((size_t)(start + row / group) * heads + head) * HEAD_DIM + first_dimension;
 #pragma unroll
         for (int n = 0; n < PART_DIM / 8; n++)

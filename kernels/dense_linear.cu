@@ -4,7 +4,7 @@
 
 struct DenseTile {
     static constexpr int K = DENSE_K, PLANES = WEIGHT_PLANES, BYTES = DENSE_PLANE * PLANES;
-    static constexpr bool BLOCK_SCALED = false;
+    static constexpr bool BLOCK_SCALED = false, FRAGMENTS = true;
     struct Raw { uint4 a[4 * PLANES]; };
 
     static __device__ __forceinline__ void load(Raw& raw, const unsigned char* tile, int lane) {

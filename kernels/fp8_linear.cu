@@ -8,7 +8,7 @@
 
 struct Fp8Tile {
     static constexpr int K = 128, BYTES = BLOCK_SCALES ? 2112 : 2048, PLANES = 1;
-    static constexpr bool BLOCK_SCALED = BLOCK_SCALES;
+    static constexpr bool BLOCK_SCALED = BLOCK_SCALES, FRAGMENTS = false;
     struct Raw { uint4 codes[4]; float2 scale; };
 
     static __device__ __forceinline__ void load(Raw& raw, const unsigned char* tile, int lane) {

@@ -317,9 +317,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3)
                  in_factor, recent, state, out});
 }
 
-// grid (T, groups), block THREADS: RMSNorm over `size` neighbours of y * silu(z), to fp16 times a power of two. z is the
-// first of a row of `projected`, of `stride`. A token that no sequence owns gives zeros. A group's first HELD * THREADS
-// quads stay in registers, and all their loads are on the way together.
+// grid (T, groups), block THREADS: RMSNorm over `size` neighbours of y * silu(z), to fp16 times a power of two. z is
+// the first of a row of `projected`, of `stride`. A token that no sequence owns gives zeros. A group's first HELD *
+// THREADS quads stay in registers, and all their loads are on the way together.
 extern "C" __global__ void __launch_bounds__(THREADS)
     gated_norm(const float* __restrict__ y, const __half* __restrict__ projected, int stride, float in_factor,
                const int* __restrict__ starts, int sequences, int size, const float* __restrict__ weight, float eps,
@@ -357,7 +357,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
         for (int h = 0; h < HELD; h++)
             if (base + h * THREADS + threadIdx.x < quads)
-                squares = fmaf(v[h].x, v[h].x, fmaf(v[h].y, v[h].y, fmaf(v[h].z, v[h].z, fmaf(v[h].w, v[h].w, squares))));
+                squares += v[h].x * v[h].x + v[h].y * v[h].y + v[h].z * v[h].z + v[h].w * v[h].w;
     };
     if (quads) load(0, held, weights), add(0, held);
 #pragma unroll 1

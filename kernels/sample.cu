@@ -3,58 +3,36 @@
 // Every sum that decides is over integers and every maximum breaks ties to the lowest id, so the order in
 // which threads arrive changes nothing. Philox4x32-10: Salmon et al., "Parallel random numbers: as easy as 1,
 // 2, 3", 2011.
+#include "vocabulary.cuh"
 
-constexpr int THREADS = 1024, WARPS = THREADS / 32;
 constexpr int SLICE = 8 * THREADS;      // ids of one block
 constexpr int BINS = 1024;  // of 1/64 of a logit each, below the largest: a threshold's first digit
 constexpr int CAPACITY = 3072;          // numbers of one bin that are looked at in shared memory
 constexpr int IN_PROMPT = 1 << 30;      // in counts, beside how often an id was generated
-constexpr float INFINITE = 3.402823466e38f;
 typedef unsigned long long Weight;      // 1, or a probability over the largest one in units of 2^-40
 
 struct Row {  // as fp4rt/ops/cuda/sample.py lays it out
     double top_p, log_min_p;            // 1 and -inf: off
     int* counts;                        // [V] or null
+    const unsigned* allowed;            // [ceil(V / 32)], a bit for each id, or null: all are
+    const uint2* biased;                // [ceil(V / 32)] or null: such bits, and how many are set before these
+    const float* biases;                // of the ids whose bit is set
     float temperature, repetition, presence, frequency;
-    int top_k;                          // 0: off
+    int top_k;                          // less than may be drawn; 0: off
     unsigned seed_low, seed_high, step;
 };
 
-struct Best {
-    float score;
-    int id;
-};
 struct Slice {
     Best best;
     int finite;
 };
 
-__device__ __forceinline__ Best better(Best a, Best b) {
-    return b.score > a.score || (b.score == a.score && (unsigned)b.id < (unsigned)a.id) ? b : a;
-}
-
-// The larger score over the block, in every thread.
-__device__ Best block_best(Best mine) {
-    __shared__ Best best[WARPS];
-#pragma unroll
-    for (int offset = 16; offset; offset /= 2)
-        mine = better(mine,
-                      Best{__shfl_xor_sync(~0u, mine.score, offset), __shfl_xor_sync(~0u, mine.id, offset)});
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) best[threadIdx.x / 32] = mine;
-    __syncthreads();
-    mine = best[threadIdx.x % 32];
-#pragma unroll
-    for (int offset = 16; offset; offset /= 2)
-        mine = better(mine,
-                      Best{__shfl_xor_sync(~0u, mine.score, offset), __shfl_xor_sync(~0u, mine.id, offset)});
-    return mine;
-}
-
-// A row's logits under penalties and temperature. Each operation rounds once, as numpy's float32 does.
+// A row's logits under penalties, biases, mask and temperature. Each operation rounds once, as numpy's float32 does.
 struct Values {
     const float* logits;
     Row row;
+    const Row* there;  // for what few rows have: registers are scarce
+    bool changed;      // there is a bias or a mask
 
     __device__ __forceinline__ float operator()(int id, float logit) const {
         if (row.counts) {
@@ -65,21 +43,19 @@ struct Values {
             if (generated)
                 logit = __fsub_rn(__fsub_rn(logit, row.presence), __fmul_rn(row.frequency, (float)generated));
         }
+        if (changed) {
+            const unsigned bit = 1u << (id & 31);
+            if (there->biased) {
+                const uint2 word = there->biased[id >> 5];
+                if (word.x & bit) logit = __fadd_rn(logit, there->biases[word.y + __popc(word.x & (bit - 1))]);
+            }
+            if (there->allowed && !(there->allowed[id >> 5] & bit)) return -infinity();  // below every threshold
+        }
         return (row.temperature > 0 ? __fdiv_rn(logit, row.temperature) : logit) + 0.0f;  // never minus zero
     }
-    // visit(id, value) for every id, by all threads of a block, with eight loads of each thread on the way.
+    // visit(id, value) for every id, by all threads of a block.
     template <class Visit> __device__ __forceinline__ void each(int vocabulary, Visit visit) const {
-        constexpr int AHEAD = 8;
-        for (int first = threadIdx.x; first < vocabulary; first += AHEAD * THREADS) {
-            float x[AHEAD];
-#pragma unroll
-            for (int i = 0; i < AHEAD; i++)
-                x[i] = first + i * THREADS < vocabulary ? logits[first + i * THREADS] : 0;
-#pragma unroll
-            for (int i = 0; i < AHEAD; i++)
-                if (first + i * THREADS < vocabulary)
-                    visit(first + i * THREADS, (*this)(first + i * THREADS, x[i]));
-        }
+        each_logit(logits, vocabulary, [&](int id, float logit) { visit(id, (*this)(id, logit)); });
     }
 };
 
@@ -257,10 +233,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     __shared__ Selection selection;
     __shared__ int last;
     const int r = blockIdx.y, first = blockIdx.x * SLICE;
-    const Values values{logits + (size_t)r * vocabulary, rows[r]};
+    const Values values{logits + (size_t)r * vocabulary, rows[r], rows + r,
+                        rows[r].biased || rows[r].allowed};
     const Row& row = values.row;
-    const bool random = row.temperature > 0, top_k = row.top_k > 0 && row.top_k < vocabulary,
-               top_p = row.top_p < 1;
+    const bool random = row.temperature > 0, top_k = row.top_k > 0, top_p = row.top_p < 1;
     const bool filtered = random && (top_k || top_p || row.log_min_p > -INFINITE);
 
     Best best{-INFINITE, -1};

@@ -240,17 +240,19 @@ class AttentionCase:
     sinks: bool = False
     v_norm: bool = False
     values_are_keys: bool = False
+    fp8_scales: tuple[float, float] | None = None
 
     def __str__(self) -> str:
         seqs = ",".join(f"{old}+{new}" for old, new in self.sequences[:4])
         extras = f"{'-w' + str(self.window) if self.window else ''}{'-norm' if self.norm else ''}"
         extras += "".join(f"-{name}" for name in ("sinks", "v_norm", "values_are_keys") if getattr(self, name))
+        extras += "-fp8" if self.fp8_scales else ""
         return f"{seqs}{'...' if len(self.sequences) > 4 else ''}-h{self.heads}/{self.kv_heads}x{self.head_dim}{extras}"
 
     @property
     def shape(self) -> AttentionShape:
         return AttentionShape(self.heads, self.kv_heads, self.head_dim, self.head_dim**-0.5, self.window,
-                              self.values_are_keys)
+                              self.values_are_keys, fp8_scales=self.fp8_scales)
 
     def batches(self) -> tuple[Batch | None, Batch, int]:
         """(a batch that fills in what is remembered, the batch under test, number of pages); pages are scattered."""
@@ -297,6 +299,11 @@ ATTENTION = [
     AttentionCase(tuple((37 * i % 301, 1) for i in range(8)), 8, 2, 64),
     AttentionCase(tuple((91 * i % 701, 1) for i in range(33)), 4, 1, 32),
     AttentionCase(((5000, 1), (4090, 20)), 8, 2, 128),
+    # Without norm and rotation, so that what is stored is rounded from the same number by every backend.
+    AttentionCase(((0, 130), (700, 1), (63, 1), (64, 9)), 8, 2, 128, rope=False, fp8_scales=(0.02, 0.011)),
+    AttentionCase(((100, 40), (300, 1), (0, 1)), 4, 2, 48, rope=False, window=100, fp8_scales=(0.004, 0.003)),  # saturates
+    AttentionCase(((600, 1), (17, 5)), 8, 1, 64, rope=False, fp8_scales=(1.0, 1.0)),
+    AttentionCase(((70, 50), (300, 1)), 4, 2, 256, rope=False, values_are_keys=True, fp8_scales=(0.05, 0.04)),
 ]
 
 
@@ -354,4 +361,5 @@ MAMBA = [
     MambaCase(((5, 9), (0, 3)), 4, 128, 2, 256),
     MambaCase(((2, 1), (1, 5)), 3, 100, 1, 20, 2),
     MambaCase(((1, 1), (7, 4)), 2, 48, 2, 50, 6),
+    MambaCase(((0, 3), (4, 1)), 40, 64, 1, 16),
 ]

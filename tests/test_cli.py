@@ -160,12 +160,12 @@ def test_every_option_reaches_the_library(monkeypatch):
                  "--top-p", 0.25, "--min-p", 0.125, "--repetition-penalty", 1.5, "--presence-penalty", 0.75,
                  "--frequency-penalty", -0.5, "--seed", 9, "--stop", "x", "--stop", "y", "--ignore-eos",
                  "--device", "cuda", "--arch", "sm_75", "--gpu-memory", "14.5GiB", "--max-model-len", 99,
-                 "--deterministic", "--scale-layout", "swizzled", "--revision", "main", "--lm-head", "fp8",
-                 "--requantize", "bf16-layers=nvfp4")
+                 "--deterministic", "--kv-dtype", "fp8", "--scale-layout", "swizzled", "--revision", "main",
+                 "--lm-head", "fp8", "--requantize", "bf16-layers=nvfp4")
     assert (result.exit_code, result.stdout) == (0, "ab\n")
     assert seen == {
         "model": "owner/name", "prompt": "hello", "device": "cuda", "arch": "sm_75", "gpu_memory": "14.5GiB",
-        "max_model_len": 99, "deterministic": True, "scale_layout": "swizzled", "revision": "main",
+        "max_model_len": 99, "deterministic": True, "kv_dtype": "fp8", "scale_layout": "swizzled", "revision": "main",
         "lm_head": "fp8", "requantize": "bf16-layers=nvfp4",
         "sampling": fp4rt.Sampling(3, 0.5, 4, 0.25, 0.125, 1.5, 0.75, -0.5, 9, ("x", "y"), True)}
     assert run("generate", "owner/name", "hello", "-q").exit_code == 0 and seen["sampling"] == fp4rt.Sampling()
@@ -173,7 +173,7 @@ def test_every_option_reaches_the_library(monkeypatch):
 
 def test_chat_goes_through_the_template(monkeypatch):
     seen = []
-    monkeypatch.setattr(LLM, "_stream", lambda self, sequence, _: seen.append((self.text, sequence.ids)) or iter(()))
+    monkeypatch.setattr(LLM, "pieces", lambda self, sequence, _: seen.append((self.text, sequence.ids)) or iter(()))
     assert run("generate", CHECKPOINT, "Hi", "--chat", "--system", "Be kind.", "-q", *ON).exit_code == 0
     text, ids = seen[0]
     assert text.decode(ids, skip_special=False) == (
@@ -267,7 +267,7 @@ def test_chat_commands():
 
 
 def test_chat_keeps_what_it_computed():
-    result = chat("Hello", "/stats", "Hello again", "/stats")
+    result = chat("Hello " * 40, "/stats", "Hello again", "/stats")
     first, second = [line for line in result.stderr.splitlines() if "remembered" in line]
     assert ", 0 remembered" in first and ", 0 remembered" not in second
 

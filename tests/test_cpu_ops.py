@@ -14,6 +14,7 @@ import pytest
 from cases import ATTENTION, KINDS, LINEAR, AttentionCase, LinearCase, make_batch, make_weight
 
 from fp4rt.errors import Fp4rtError
+from fp4rt.formats.fp8 import E4M3
 from fp4rt.ops.cpu import CpuOps, emit, kernels, runtime
 from fp4rt.ops.reference import Pages, ReferenceOps, rms_norm, silu
 
@@ -184,7 +185,7 @@ def test_a_gated_weight_and_its_activation_belong_together(ops):
 
 def attention_inputs(case: AttentionCase, batch) -> np.ndarray:
     rng = np.random.default_rng(len(batch.tokens))
-    return rng.standard_normal((len(batch.tokens), (case.heads + 2 * case.kv_heads) * case.head_dim)).astype(np.float32)
+    return rng.standard_normal((len(batch.tokens), case.shape.input_width)).astype(np.float32)
 
 
 def run_attention(ops, case: AttentionCase, pages=None) -> np.ndarray:
@@ -210,11 +211,36 @@ def run_attention(ops, case: AttentionCase, pages=None) -> np.ndarray:
 def test_attention(ops, case: AttentionCase):
     reference = ReferenceOps()
     pages = reference.kv_pages(case.shape, case.batches()[2])
-    expected = run_attention(reference, case, Pages(pages.keys.astype(np.float64), pages.values.astype(np.float64), 0))
+    if not case.fp8_scales:
+        pages = Pages(pages.keys.astype(np.float64), pages.values.astype(np.float64), 0)
+    expected = run_attention(reference, case, pages)
     y = run_attention(ops, case)
     # A score is a sum of head_dim products; its error, of random sign, multiplies the weights and so the values.
     score = 8 * np.sqrt(case.head_dim)  # no score here is larger in magnitude
     assert np.abs(y - expected).max() <= EPS * (4 * np.sqrt(case.head_dim) * score + 64) * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("magnitude", [1e-3, 1.0, 1e5])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_fp8_pages_hold_the_nearest_codes(ops, backend: str, magnitude: float):
+    """Codes of k / k_scale and v / v_scale where the batch's page table says, NaN and infinity saturated."""
+    case = AttentionCase(((0, 130), (0, 1)), 4, 2, 48, rope=False, fp8_scales=(0.03, 0.7))
+    ops = ops if backend == "cpu" else ReferenceOps()
+    _, batch, num_pages = case.batches()
+    pages, x = ops.kv_pages(case.shape, num_pages), attention_inputs(case, batch) * np.float32(magnitude)
+    x[3, -5:] = np.nan, -np.nan, np.inf, -np.inf, -0.0
+    ops.attention(x.copy(), ops.batch(batch), pages, case.shape, rope=None)
+    k, v = x.reshape(len(x), -1, 48)[:, 4:6], x.reshape(len(x), -1, 48)[:, 6:]
+    finite = E4M3[:0x7F].astype(np.float64)
+    for s in range(2):
+        for row in range(batch.starts[s], batch.starts[s + 1]):
+            page, slot = batch.pages[0, s, batch.positions[row] // 64], batch.positions[row] % 64
+            keys = pages.keys[page, :, :, slot] if backend == "cpu" else pages.keys[page, :, slot]
+            for codes, values, scale in ((keys, k[row], 0.03), (pages.values[page, :, slot, :48], v[row], 0.7)):
+                size = np.fmin(np.abs(values / np.float32(scale)).astype(np.float64), 448)
+                nearest = np.abs(size[..., None] - finite).min(axis=-1)
+                assert (np.abs(size - finite[codes & 0x7F]) == nearest).all()
+                assert (np.signbit(values) == (codes >= 0x80)).all()
 
 
 def test_a_sequence_attends_alike_alone_and_in_company(ops):

@@ -9,6 +9,7 @@ import pytest
 from cases import ATTENTION, AttentionCase, dense, make_batch
 
 from fp4rt.batch import PAGE_TOKENS, Batch
+from fp4rt.formats.fp8 import E4M3, to_e4m3
 from fp4rt.ops import AttentionShape
 
 pytestmark = pytest.mark.gpu
@@ -73,7 +74,8 @@ class Layer:
         self.pages = attention.kv_pages(self.device, shape, self.num_pages)
         for store in (self.pages.keys, self.pages.values):
             # What nobody wrote must not be used.
-            self.device.upload(np.full(store.shape, np.nan, np.float16), store)
+            unwritten = np.full(store.shape, 0x7F if shape.fp8_scales else 0x7E00)  # NaN
+            self.device.upload(unwritten.astype(np.uint8 if shape.fp8_scales else np.uint16), store)
         self.norms = [
             rng.uniform(0.5, 2, shape.head_dim).astype(np.float32) if normed else None
             for normed in (self.case.norm, self.case.norm, self.case.v_norm)
@@ -110,8 +112,10 @@ class Layer:
         heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
         x = qkv.astype(np.float16).astype(np.float64).reshape(len(qkv), -1, dim) * 2.0**self.exponent
         q, k, v = np.split(x, [heads, heads + kv_heads], axis=1)
-        v = self._open(k if shape.values_are_keys else v, self.norms[2], None)
-        q, k = (self._open(part, norm, batch.positions) for part, norm in zip((q, k), self.norms))
+        k_scale, v_scale = shape.fp8_scales or (None, None)
+        v = self._open(k if shape.values_are_keys else v, self.norms[2], None, v_scale)
+        q, k = (self._open(part, norm, batch.positions, scale)
+                for part, norm, scale in zip((q, k), self.norms, (None, k_scale)))
         out, largest = np.zeros((len(qkv), heads, dim)), np.zeros((len(qkv), 1))
         for s, owner in enumerate(owners):
             rows = slice(batch.starts[s], batch.starts[s + 1])
@@ -131,7 +135,8 @@ class Layer:
                 largest[row] = np.abs(values[begin:end]).max()
         return out.reshape(len(qkv), -1), largest
 
-    def _open(self, x: np.ndarray, norm: np.ndarray | None, positions: np.ndarray | None) -> np.ndarray:
+    def _open(self, x: np.ndarray, norm: np.ndarray | None, positions: np.ndarray | None,
+              fp8_scale: float | None = None) -> np.ndarray:
         stored = 1.0 if norm is not None else 2.0**self.exponent
         if norm is not None:
             x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * norm
@@ -140,6 +145,8 @@ class Layer:
             low, high = np.split(x, 2, axis=-1)
             x = 1.25 * np.concatenate([low * np.cos(angles) - high * np.sin(angles),
                                        high * np.cos(angles) + low * np.sin(angles)], axis=-1)
+        if fp8_scale is not None:
+            return E4M3[to_e4m3((x / fp8_scale).astype(np.float32))].astype(np.float64) * fp8_scale
         return (x / stored).astype(np.float16).astype(np.float64) * stored
 
 
@@ -191,14 +198,15 @@ def one_of(batch: Batch, s: int, width: int) -> Batch:
 def test_a_decoded_row_is_bit_equal_in_any_company(device):
     layer, batch, qkv = filled(device, COMPANY)
     together = layer.run(qkv, batch)
-    for s in range(len(batch.lengths)):
-        for width in (batch.pages.shape[2], 256):
+    for s, length in enumerate(batch.lengths.tolist()):
+        # By one table the chunks of a short context meet in a cluster, by the others in memory.
+        for width in (-(-length // PAGE_TOKENS), batch.pages.shape[2], 256):
             assert (layer.run(qkv[s:s + 1], one_of(batch, s, width)) == together[s]).all()
-    mixed = AttentionCase(COMPANY.sequences + ((0, 50),), 8, 2, 64, norm=True)
+    mixed = AttentionCase(COMPANY.sequences[:7] + ((0, 50),), 8, 2, 64, norm=True)
     layer, batch, _ = filled(device, mixed)
-    alone = [layer.run(qkv[s:s + 1], one_of(batch, s, batch.pages.shape[2])) for s in range(8)]
-    company = layer.run(np.concatenate([qkv, random_qkv(mixed, 50, 3)]), batch)
-    assert (company[:8] == np.concatenate(alone)).all()
+    alone = [layer.run(qkv[s:s + 1], one_of(batch, s, batch.pages.shape[2])) for s in range(7)]
+    company = layer.run(np.concatenate([qkv[:7], random_qkv(mixed, 50, 3)]), batch)
+    assert (company[:7] == np.concatenate(alone)).all()
 
 
 @pytest.mark.parametrize("window", [None, 100])

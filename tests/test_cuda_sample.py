@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fp4rt.ops import SamplerRow
-from fp4rt.sampling import draw, gumbel, penalize
+from fp4rt.sampling import adjust, draw, gumbel
 
 pytestmark = pytest.mark.gpu
 pytest.importorskip("cupy")
@@ -53,7 +53,7 @@ def expect(logits: np.ndarray, rows: list[SamplerRow], steps: int) -> list[list[
 
 def best_scores(logits: np.ndarray, settings: SamplerRow, ids: list[int]) -> float:
     """How far the score of the first id lies below that of the second, for two draws that differ."""
-    z = penalize(logits, settings) / np.float32(settings.temperature)
+    z = adjust(logits, settings) / np.float32(settings.temperature)
     scores = [float(z[i]) + float(gumbel(np.array([i]), settings.seed, settings.step)[0]) for i in ids]
     return scores[1] - scores[0]
 
@@ -82,7 +82,19 @@ SETTINGS = [
     row(top_p=0.5, frequency_penalty=-2.0, generated=[11] * 30),
     row(top_k=5, temperature=0.001),
     row(top_k=7, temperature=1e6),
+    row(temperature=0.0, logit_bias=((1, 4.0), (2, 4.0), (40, -3.0))),
+    row(logit_bias=tuple((i, i % 7 - 3.0) for i in range(1024)), top_p=0.9),
+    row(repetition_penalty=1.3, prompt=[0, 2, 4], frequency_penalty=0.7, logit_bias=((0, -100.0), (9, 5.5)), top_k=30),
 ]
+MASKED = [(0, 0.5), (1, 0.001), (2, 0.5), (6, 0.01), (7, 0.3), (11, 0.5), (15, 0.9), (17, 0.1), (18, 0.5), (22, 0.5),
+          (23, 0.5), (24, 0.2)]  # settings, and the share of ids that their mask allows
+
+
+def with_mask(settings: SamplerRow, share: float, vocabulary: int, rng: np.random.Generator) -> SamplerRow:
+    bits = np.ones(-(-vocabulary // 32) * 32, bool)  # those beyond the vocabulary mean nothing
+    bits[:vocabulary] = rng.random(vocabulary) < share
+    bits[rng.integers(vocabulary)] = True
+    return dataclasses.replace(settings, mask=np.packbits(bits, bitorder="little").view(np.uint32))
 
 
 @pytest.mark.parametrize("vocabulary", [1, 3, 323, 8192, 32000, 128256, 151937])
@@ -90,7 +102,10 @@ SETTINGS = [
 def test_draws_are_those_of_the_definition(device, vocabulary: int, spread: float):
     rng = np.random.default_rng(vocabulary)
     rows = [dataclasses.replace(one, prompt=[i % vocabulary for i in one.prompt],
-                                generated=[i % vocabulary for i in one.generated]) for one in SETTINGS]
+                                generated=[i % vocabulary for i in one.generated],
+                                logit_bias=tuple(pair for pair in one.logit_bias if pair[0] < vocabulary))
+            for one in SETTINGS]
+    rows += [with_mask(rows[i], share, vocabulary, rng) for i, share in MASKED]
     logits = (rng.standard_normal((len(rows), vocabulary)) * spread).astype(np.float32)
     steps = 5
     got, expected = sample(device, logits, rows, steps), expect(logits, rows, steps)
@@ -109,7 +124,9 @@ def test_ties_share_their_fate_and_go_to_the_lowest_id(device, vocabulary: int):
     rng = np.random.default_rng(1)
     logits = rng.integers(-3, 4, (len(SETTINGS), vocabulary)).astype(np.float32)
     logits[0, -5:] = 9
-    rows = [dataclasses.replace(one, prompt=[], generated=[]) for one in SETTINGS]
+    rows = [dataclasses.replace(one, prompt=[], generated=[],
+                                logit_bias=tuple(pair for pair in one.logit_bias if pair[0] < vocabulary))
+            for one in SETTINGS]
     assert sample(device, logits, rows) == expect(logits, rows, 1)
     assert sample(device, np.zeros_like(logits), rows) == expect(np.zeros_like(logits), rows, 1)
     assert sample(device, -np.zeros_like(logits), rows) == expect(-np.zeros_like(logits), rows, 1)
@@ -130,7 +147,7 @@ def test_a_refilled_sampler_is_a_new_one(device):
 
     logits = np.random.default_rng(0).standard_normal((3, 1000)).astype(np.float32)
     on_device = device.upload(logits)
-    first, second = SETTINGS[:3], [SETTINGS[17], SETTINGS[1], SETTINGS[18]]
+    first, second = SETTINGS[:3], [SETTINGS[17], SETTINGS[1], SETTINGS[24]]
     sampler = put_sampler(device, first, 1000)
     draw_on_device(device, on_device, sampler)
     put_sampler(device, second, 1000, into=sampler)

@@ -9,6 +9,7 @@ import pytest
 
 import fp4rt
 from backends import BACKENDS
+from fp4rt.batch import PAGE_TOKENS
 
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "llama-modelopt-nvfp4"
 
@@ -46,12 +47,12 @@ def test_sampled_tokens_do_not_depend_on_company(llm: fp4rt.LLM):
 def test_chunked_prompt_equals_whole(llm: fp4rt.LLM):
     ids = np.random.default_rng(2).integers(0, 1000, 200).tolist()
     whole = llm.logits(ids)
-    scheduler, before = llm.engine.scheduler, llm.ops.step_tokens
-    llm.ops.step_tokens = 23
+    scheduler = llm.engine.scheduler
+    before, scheduler.step_tokens = scheduler.step_tokens, 23
     try:
         chunked = llm.logits(ids)
     finally:
-        llm.ops.step_tokens = before
+        scheduler.step_tokens = before
     tolerance = 1e-2 if llm.ops.name == "cuda" else 1e-4
     assert np.abs(chunked - whole).max() <= tolerance * np.abs(whole).max()
     tokens = llm.generate(ids, greedy(8))[0].ids
@@ -82,14 +83,14 @@ def test_pages_are_free_after_an_abandoned_stream(llm: fp4rt.LLM):
 
 def test_a_conversation_keeps_what_it_remembers(llm: fp4rt.LLM):
     session = llm.session(greedy(6))
-    first = "".join(session.send("one scale"))
+    opening = "one scale " * 60
+    first = "".join(session.send(opening))
     assert session.reused_tokens == 0
     second = "".join(session.send("and the next"))
-    assert session.reused_tokens > 5
-    messages = [{"role": "user", "content": "one scale"}, {"role": "assistant", "content": first},
+    assert session.reused_tokens >= PAGE_TOKENS and session.reused_tokens % PAGE_TOKENS == 0
+    messages = [{"role": "user", "content": opening}, {"role": "assistant", "content": first},
                 {"role": "user", "content": "and the next"}]
     assert llm.chat(messages, greedy(6)).text == second
-    session.forget()
     assert llm.engine.cache.empty
 
 

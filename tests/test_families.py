@@ -51,7 +51,7 @@ def test_pages_behind_a_window_are_freed_and_not_missed(name: str, backend: str)
         cache = llm.engine.cache
         window = next(w for w in cache.plan.windows if w is not None)
         assert window < 64
-        sequence = llm._sequence(prompt, greedy(400))
+        sequence = llm.sequence(prompt, greedy(400))
         most = 0
         for _ in llm._run([sequence]):
             most = max(most, sum(page > 0 for page in sequence.held.pages[-1]))

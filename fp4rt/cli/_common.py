@@ -43,6 +43,8 @@ LOAD_OPTIONS = [
     click.option("--gpu-memory", metavar="SIZE", help="Take no more GPU memory than this, e.g. 14.5GiB."),
     click.option("--max-model-len", type=int, metavar="TOKENS", help="Make room for a context of this many tokens."),
     click.option("--deterministic", is_flag=True, help="Bit-equal tokens under any batching, at a cost in speed."),
+    click.option("--kv-dtype", type=click.Choice(["auto", "fp8"]), default="auto", show_default=True,
+                 help="Keep keys and values in fp16 (on a CPU in float32), or in FP8: half the memory, less exact."),
     click.option("--scale-layout", type=click.Choice(["auto", "linear", "swizzled"]), default="auto", show_default=True,
                  help="How NVFP4 block scales lie in the file; needed only where their shape leaves it open."),
     click.option("--revision", metavar="REV", help="Branch, tag or commit of a repository."),

@@ -14,7 +14,7 @@ from fp4rt.cli._common import (CHAT_OPTIONS, MODEL_OPTIONS, SAMPLING_OPTIONS, fi
 from fp4rt.errors import Fp4rtError
 
 if TYPE_CHECKING:
-    from fp4rt.llm import Session
+    from fp4rt.session import Session
 
 HELP = """/clear           start the conversation anew (the system message stays)
 /system [TEXT]   set the system message, or remove it, and start anew
@@ -29,7 +29,7 @@ def command(model: str, system: str | None, think: bool | None, arguments: dict[
             **given: Any) -> None:
     """Talk to MODEL: every line is a turn, and lines that begin with / are commands (/help lists them).
 
-    Keys and values are kept between turns, so only what is new is computed. Answers go to stdout, what the model thinks
+    What earlier turns came to is remembered, so only what is new is computed. Answers go to stdout, what the model thinks
     before them to stderr.
     """
     sampling = take_sampling(given)
@@ -101,7 +101,7 @@ def obey(session: Session, order: str, rest: str) -> bool:
         set_system(session, rest.strip())
     elif order == "/stats":
         reply = f"{figures(session.llm)}, {session.reused_tokens} remembered; " if session.llm.timing.started else ""
-        click.echo(f"{reply}{len(session.ids)} of {session.llm.max_model_len} tokens of context in use", err=True)
+        click.echo(f"{reply}{session.context_tokens} of {session.llm.max_model_len} tokens of context in use", err=True)
     else:
         click.echo(HELP if order == "/help" else f"no command {order}; there are:\n{HELP}", err=True)
     return True

@@ -1,23 +1,26 @@
-"""The loop: plan a step, run the model, draw tokens; decode runs on the device by itself while the host reads behind."""
+"""The loop: plan a step, run the model, draw tokens; decode runs on the device alone while the host reads behind."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from fp4rt.batch import Batch
+from fp4rt.batch import PAGE_TOKENS, Batch
 from fp4rt.cache import Cache
-from fp4rt.engine.scheduler import Scheduler
-from fp4rt.engine.sequence import Sequence
+from fp4rt.engine.scheduler import Scheduler, Step
+from fp4rt.engine.sequence import Sequence, TokenLogprobs
 from fp4rt.errors import Fp4rtError
 from fp4rt.layers import Decoder
-from fp4rt.ops import Ops
+from fp4rt.ops import Ops, SamplerRow
 
 LEASE = 256       # decode steps that run on pages and settings put on the device once
 LOGITS_ROWS = 64  # rows of a prompt whose logits are computed in one step
+
+Event = tuple[Sequence, int]
 
 
 def make_batch(step: list[tuple[Sequence, int]], rows: list[int], size: int | None = None,
@@ -68,38 +71,71 @@ class Decode:
         ops, padding = self.engine.ops, self.size - len(sequences)
         batch = make_batch([(s, 1) for s in sequences], list(range(len(sequences))), self.size, self.width)
         self.batch = ops.batch(batch, into=self.batch)
+        vocab_size = self.engine.model.config.vocab_size
         rows = [s.sampler_row() for s in sequences]
-        self.sampler = ops.sampler(rows + rows[:1] * padding, self.engine.model.config.vocab_size, into=self.sampler)
+        self.sampler = ops.sampler(rows + rows[:1] * padding, vocab_size, into=self.sampler)
 
 
 class Engine:
-    """Runs sequences through a model. Not thread-safe by itself: LLM holds the lock."""
+    """Runs sequences through a model. One thread drives it; any may submit sequences, and end them, at any moment."""
 
-    def __init__(self, ops: Ops, model: Decoder, cache: Cache, max_sequences: int):
+    def __init__(self, ops: Ops, model: Decoder, cache: Cache, max_sequences: int, step_tokens: int | None = None):
         self.ops, self.model, self.cache = ops, model, cache
-        self.scheduler = Scheduler(cache, max_sequences, ops.step_tokens)
+        self.scheduler = Scheduler(cache, max_sequences, step_tokens or ops.step_tokens)
+        self._arrivals: deque[Sequence] = deque()
+        self._scores: deque[Iterator[None]] = deque()  # begun or to be begun, a chunk of the first between two steps
         self._decodes: dict[tuple[int, int, bool], Decode] = {}
 
-    def run(self, sequences: list[Sequence]) -> Iterator[tuple[Sequence, int]]:
-        """(sequence, token) as tokens are drawn, until all have finished. Setting a sequence's finish_reason ends it.
+    @property
+    def busy(self) -> bool:
+        return bool(self._arrivals or self._scores or self.scheduler.busy)
 
-        However the caller leaves the loop, these sequences are forgotten and their pages free.
+    def submit(self, sequence: Sequence) -> None:
+        """Let a sequence take part from the next step on (any thread). Setting its finish_reason ends it."""
+        self._arrivals.append(sequence)
+
+    def run(self, sequences: list[Sequence]) -> Iterator[Event]:
+        """Events until these sequences have finished, where nobody else submits any.
+
+        However the caller leaves the loop, they are forgotten and their pages free.
         """
         for sequence in sequences:
-            self.scheduler.add(sequence)
+            self.submit(sequence)
         try:
-            while step := self.scheduler.plan():
-                if all(sequence.decoding for sequence, _ in step) and not self.scheduler.waiting:
-                    yield from self._decode([sequence for sequence, _ in step])
-                else:
-                    yield from self._mixed(step)
+            yield from self.events()
         finally:
-            self.ops.synchronize()
-            for sequence in sequences:
-                self.scheduler.remove(sequence)
+            self.forget(sequences)
 
-    def _mixed(self, step: list[tuple[Sequence, int]]) -> Iterator[tuple[Sequence, int]]:
-        """One step with at least one piece of a prompt in it."""
+    def forget(self, sequences: Iterable[Sequence]) -> None:
+        """Take sequences out wherever they are, when no step is under way any more, and free their pages."""
+        self.ops.synchronize()
+        for sequence in sequences:
+            if sequence in self._arrivals:
+                self._arrivals.remove(sequence)
+            self.scheduler.remove(sequence)
+
+    def events(self) -> Iterator[Event]:
+        """(sequence, token) as tokens are drawn, until no sequence is left; -1 for one that failed, and says why."""
+        behind: deque = deque()  # steps that no token came of: the host runs one ahead of the device, not all
+        while True:
+            while self._arrivals:
+                self.scheduler.add(self._arrivals.popleft())
+            if self._scores and next(self._scores[0], self) is self:
+                self._scores.popleft()
+            step = self.scheduler.plan()
+            if not step:
+                if not self.busy:
+                    return
+            elif all(sequence.decoding and not sequence.stepwise for sequence, _ in step):
+                yield from self._decode([sequence for sequence, _ in step])
+            else:
+                yield from self._mixed(step, behind)
+            for sequence, _ in step:
+                if sequence.error is None:
+                    self.cache.publish(sequence.held, sequence.ids, sequence.remembered, sequence.cache_salt)
+
+    def _mixed(self, step: Step, behind: deque) -> Iterator[Event]:
+        """One step with a piece of a prompt in it, or in which the host has a part."""
         ends = np.cumsum([count for _, count in step])
         drawing = [(sequence, int(end) - 1) for (sequence, count), end in zip(step, ends)
                    if sequence.remembered + count == len(sequence.ids)]
@@ -108,15 +144,28 @@ class Engine:
         for sequence, count in step:
             sequence.remembered += count
         if not drawing:
+            behind.append(self.ops.fetch(logits))
+            if len(behind) > 1:
+                behind.popleft().result()
             return
-        sampler = self.ops.sampler([sequence.sampler_row() for sequence, _ in drawing], self.model.config.vocab_size)
-        ids = self.ops.fetch(self.ops.sample(logits, sampler)).result()
-        for (sequence, _), token in zip(drawing, ids.tolist()):
-            yield self._accept(sequence, token)
+        behind.clear()
+        rows = [self._sampler_row(sequence) for sequence, _ in drawing]
+        sampler = self.ops.sampler(rows, self.model.config.vocab_size)
+        ids = self.ops.sample(logits, sampler)
+        tops = [sequence.top_logprobs for sequence, _ in drawing if sequence.top_logprobs is not None]
+        told = self.ops.fetch(self.ops.logprobs(logits, ids, max(tops))).result() if tops else None
+        for row, ((sequence, _), token) in enumerate(zip(drawing, self.ops.fetch(ids).result().tolist())):
+            if sequence.error is not None:
+                yield sequence, -1
+            elif sequence.finish_reason is None:
+                if sequence.top_logprobs is not None and token >= 0:
+                    sequence.logprobs.append(TokenLogprobs.read(token, told[row], sequence.top_logprobs))
+                yield self._accept(sequence, token)
 
-    def _decode(self, sequences: list[Sequence]) -> Iterator[tuple[Sequence, int]]:
-        """Steps of one token for each sequence, until one of them ends or its pages run out."""
-        steps = min(LEASE, max(sequence.remaining for sequence in sequences))
+    def _decode(self, sequences: list[Sequence]) -> Iterator[Event]:
+        """Steps of one token for each sequence, until one of them ends, another arrives, or pages run out."""
+        steps = LEASE if not self.scheduler.waiting else PAGE_TOKENS  # whoever waits needs pages, too
+        steps = min(steps, max(sequence.remaining for sequence in sequences))
         lease = [(sequence, min(len(sequence.ids) + steps, sequence.limit)) for sequence in sequences]
         missing = [self.cache.missing(s.held, tokens) for s, tokens in lease]
         if not self.cache.fits([sum(group) for group in zip(*missing)]):
@@ -136,7 +185,7 @@ class Engine:
                 if sequence.finish_reason is None:
                     sequence.remembered += 1
                     yield self._accept(sequence, token)
-            if any(sequence.finish_reason for sequence in sequences):
+            if self._arrivals or self._scores or any(sequence.finish_reason for sequence in sequences):
                 steps = launched  # what is already on its way is kept, nothing more is asked for
 
     def _recorded(self, sequences: list[Sequence]) -> Decode:
@@ -155,11 +204,31 @@ class Engine:
             self._decodes[key].refill(sequences)
         return self._decodes[key]
 
-    def _accept(self, sequence: Sequence, token: int) -> tuple[Sequence, int]:
+    def _accept(self, sequence: Sequence, token: int) -> Event:
         if token < 0:
-            raise self._not_finite(sequence)
-        sequence.append(token)
+            sequence.fail(self._not_finite(sequence))
+            return sequence, -1
+        try:
+            sequence.append(token)
+        except Exception as error:  # a grammar's own: it ends its own sequence only
+            sequence.fail(Fp4rtError("request", f"the grammar failed after token {token}: {error}"))
+            return sequence, -1
         return sequence, token
+
+    def _sampler_row(self, sequence: Sequence) -> SamplerRow:
+        """A sequence's; without its mask, and failed, where its grammar has nothing to allow."""
+        row = sequence.sampler_row()
+        if sequence.grammar is None:
+            return row
+        mask = np.zeros(-(-self.model.config.vocab_size // 32), np.uint32)
+        try:
+            sequence.grammar.mask(mask)
+            if mask.any():
+                return replace(row, mask=mask)
+            sequence.fail(Fp4rtError("request", "the grammar allows no token here"))
+        except Exception as error:
+            sequence.fail(Fp4rtError("request", f"the grammar failed: {error}"))
+        return row
 
     def _not_finite(self, sequence: Sequence) -> Fp4rtError:
         """Run the sequence again, layer by layer, to say which one first left the numbers."""
@@ -168,39 +237,74 @@ class Engine:
         self.cache.take_slot(sequence.held)
         sequence.remembered = 0
         while sequence.remembered <= position:
-            count = min(self.ops.step_tokens, position + 1 - sequence.remembered)
+            count = min(self.scheduler.step_tokens, position + 1 - sequence.remembered)
             self.cache.trim(sequence.held, sequence.remembered)
             self.cache.grow(sequence.held, sequence.remembered + count)
             batch = self.ops.batch(make_batch([(sequence, count)], [count - 1]))
             for name, h in self.model.residuals(batch, self.cache.layers):
                 if not self.ops.is_finite(h):
+                    last = sequence.remembered + count - 1
                     return Fp4rtError("checkpoint", f"{name}: its output holds NaN or infinity for tokens "
-                                      f"{sequence.remembered} to {sequence.remembered + count - 1}; the weights of this "
-                                      "layer are damaged, or their scales are")
+                                      f"{sequence.remembered} to {last}; the weights of this layer are damaged, or "
+                                      "their scales are")
             sequence.remembered += count
         return Fp4rtError("checkpoint", f"lm_head: the logits at position {position} hold NaN or infinity though every "
                           "layer's output is finite; the head's weights are damaged, or their scales are")
 
     def logits(self, ids: list[int]) -> np.ndarray:
-        """Float32 [len(ids), vocab_size]: every position's logits, in chunks that bound the memory they take."""
-        if self.scheduler.busy:
+        """Float32 [len(ids), vocab_size]: every position's logits."""
+        if self.busy:
             raise Fp4rtError("request", "logits cannot be asked for while sequences are being generated")
-        sequence = Sequence(list(ids), None, 0, frozenset(), len(ids))
-        self.cache.take_slot(sequence.held)
-        chunk = min(self.ops.step_tokens, LOGITS_ROWS)
         logits = np.empty((len(ids), self.model.config.vocab_size), np.float32)
+        for first, part in self._prompt_logits(ids):
+            rows = self.ops.fetch(part).result()
+            logits[first:first + len(rows)] = rows
+        return logits
+
+    def score(self, sequence: Sequence, top: int) -> None:
+        """Fill sequence.prompt_logprobs, for its prompt's tokens but the first, and then submit it (any thread)."""
+        def chunks() -> Iterator[None]:
+            ids = sequence.ids
+            try:
+                for first, part in self._prompt_logits(ids):
+                    if sequence.finish_reason:
+                        break
+                    if part is not None:
+                        following = ids[first + 1:first + 1 + len(part)]
+                        padded = np.array(following + [0] * (len(part) - len(following)), np.int32)
+                        told = self.ops.fetch(self.ops.logprobs(part, padded, top))
+                        sequence.prompt_logprobs += [TokenLogprobs.read(token, row, top)
+                                                     for token, row in zip(following, told.result())]
+                    yield
+            except Fp4rtError as error:
+                sequence.fail(error)
+            self.submit(sequence)
+
+        self._scores.append(chunks())
+
+    def _prompt_logits(self, ids: list[int]) -> Iterator[tuple[int, Any]]:
+        """(first position, logits of a chunk from there), the logits None where it has to wait for room."""
+        sequence = Sequence(list(ids), None, 0, frozenset(), len(ids))
+        chunk = min(self.scheduler.step_tokens, LOGITS_ROWS)
         try:
+            while not self.cache.has_slot:
+                yield 0, None
+            self.cache.take_slot(sequence.held)
             while sequence.remembered < len(ids):
                 count = min(chunk, len(ids) - sequence.remembered)
                 self.cache.trim(sequence.held, sequence.remembered)
-                if not self.cache.grow(sequence.held, sequence.remembered + count):
-                    raise Fp4rtError("memory", f"{len(ids)} tokens do not fit the K/V that is free now")
+                while not self.cache.grow(sequence.held, sequence.remembered + count):
+                    if not self.scheduler.running:
+                        raise Fp4rtError("memory", f"{len(ids)} tokens do not fit the K/V cache of "
+                                                   f"{self.cache.tokens} tokens")
+                    yield sequence.remembered, None
                 batch = self.ops.batch(make_batch([(sequence, count)], list(range(count))))
-                part = self.ops.fetch(self.model(batch, self.cache.layers)).result()
-                logits[sequence.remembered:sequence.remembered + count] = part
+                part = self.model(batch, self.cache.layers)
+                finite = self.ops.is_finite(part)
+                if finite:
+                    yield sequence.remembered, part
                 sequence.remembered += count
-                if not np.isfinite(part).all():
+                if not finite:
                     raise self._not_finite(sequence)
         finally:
             self.cache.give_back(sequence.held)
-        return logits

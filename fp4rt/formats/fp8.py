@@ -22,6 +22,16 @@ E4M3 = _e4m3_values()
 E4M3.setflags(write=False)
 
 
+def to_e4m3(values: np.ndarray) -> np.ndarray:
+    """Float32 to the nearest E4M3 bits (uint8), ties to even; what is out of range saturates, and so does NaN."""
+    values = np.asarray(values, np.float32)
+    size = np.fmin(np.abs(values), np.float32(448))
+    bits = size.view(np.uint32)
+    normal = (bits + 0x7FFFF + (bits >> 20 & 1) - (120 << 23)) >> 20
+    subnormal = np.rint(size * np.float32(512)).astype(np.uint32)  # multiples of 2^-9; 8 of them are the first normal
+    return np.where(size < 2.0**-6, subnormal, normal).astype(np.uint8) | np.signbit(values).astype(np.uint8) << 7
+
+
 @dataclass(frozen=True)
 class Fp8:
     """codes uint8 [N, K] (E4M3); scales float32 [ceil(N/bn), ceil(K/bk)], one for each block of (bn, bk) values.

@@ -15,7 +15,7 @@ from fp4rt.formats.weight import Weight
 FLOATS = ("BF16", "F16", "F32")
 
 # Of W4A4 and W8A8 exports, and of exports for FP8 caches: not used when activations, keys and values stay wider.
-_ACTIVATION, _CACHE = "activations are not quantized here", "keys and values are not quantized here"
+_ACTIVATION, _CACHE = "activations are not quantized here", "keys and values are not in FP8 (--kv-dtype fp8)"
 UNUSED = {"input_scale": _ACTIVATION, "input_global_scale": _ACTIVATION, "output_scale": _ACTIVATION,
           "k_scale": _CACHE, "v_scale": _CACHE, "k_bias": _CACHE, "v_bias": _CACHE}
 
@@ -53,6 +53,18 @@ def _e4m3_scales(scope: Scope, tensor: Tensor, data: np.ndarray) -> np.ndarray:
 
     scope.checkpoint.check(look)
     return data
+
+
+def read_kv_scales(scope: Scope) -> tuple[float, float] | None:
+    """The scales of FP8 keys and values below an attention module; one serves both where the other is missing.
+
+    None where there are none: exporters write them beside k_proj and v_proj, older ones beside the module or as one.
+    """
+    found = []
+    for suffixes in (("k_proj.k_scale", "k_scale", "kv_scale"), ("v_proj.v_scale", "v_scale", "kv_scale")):
+        found += [_scalar(scope, suffix) for suffix in suffixes if scope.has(suffix)][:1] or [None]
+    k, v = found
+    return None if k is None and v is None else (k or v, v or k)
 
 
 def _block_scales(scope: Scope, suffix: str, n: int, k: int) -> np.ndarray:

@@ -66,15 +66,18 @@ def load_model(checkpoint: Checkpoint, load: Loader, max_positions: int,
     """Read a checkpoint's weights through `load`. No tensor is left unread without a reason, or this raises."""
     config, sizes = read_config(checkpoint)
     known = architecture(config)
-    model = known.build(checkpoint.at(""), config, sizes, load, max_positions, progress)
-    checkpoint.finish_checks()
+    try:
+        model = known.build(checkpoint.at(""), config, sizes, load, max_positions, progress)
+        checkpoint.finish_checks()
+    finally:
+        checkpoint.drop_checks()
     tied = getattr(sizes, "tie_word_embeddings", False)
     skipped = getattr(known, "skipped", lambda name, sizes: None)
     for name in checkpoint.unread():
         if name.endswith("rotary_emb.inv_freq"):
             checkpoint.skip(name, "an old export's rotary table, which follows from the config")
         elif name.endswith(("kv_scale", "k_scale", "v_scale")):
-            checkpoint.skip(name, "keys and values are not quantized here")
+            checkpoint.skip(name, "keys and values are not in FP8 (--kv-dtype fp8)")
         elif tied and name.startswith("lm_head."):
             checkpoint.skip(name, "the head is tied to the embedding")
         elif reason := skipped(name, sizes):

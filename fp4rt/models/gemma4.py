@@ -140,7 +140,8 @@ class MLP:
         self.down_proj = load.linear(scope, {"down_proj": hidden}, inner)
 
     def __call__(self, h: Any, norm: Any) -> Any:
-        return self.ops.linear(self.ops.linear(h, self.gate_up_proj, norm=norm, activation="gelu_tanh"), self.down_proj)
+        x = self.ops.linear(h, self.gate_up_proj, norm=norm, activation="gelu_tanh", then=self.down_proj)
+        return self.ops.linear(x, self.down_proj)
 
 
 class MoE:
@@ -264,7 +265,8 @@ def build(scope: Scope, source: Config, sizes: Sizes, load: Loader, max_position
     per_layer = PerLayerEmbedding(body, sizes, load) if sizes.per_layer_width else None
     layers = [Layer(body.at(f"layers.{i}"), sizes, i, ropes[sizes.sliding[i]], load)
               for i in progress(range(len(sizes.attention)))]
-    return Gemma4(sizes, load.ops, sizes.attention, embed_tokens, layers, norm, lm_head, sizes.softcap, prefix,
+    memory = [load.remembered(body.at(f"layers.{i}.self_attn"), shape) for i, shape in enumerate(sizes.attention)]
+    return Gemma4(sizes, load.ops, memory, embed_tokens, layers, norm, lm_head, sizes.softcap, prefix,
                   per_layer)
 
 

@@ -156,7 +156,7 @@ class MLP:
 
     def __call__(self, h: Any, norm: Any, batch: Any = None, memory: Any = None, *, onto: Any = None) -> Any:
         """h + mlp(norm(h)), or onto + mlp(norm(h))."""
-        x = self.ops.linear(h, self.up_proj, norm=norm, activation="relu2")
+        x = self.ops.linear(h, self.up_proj, norm=norm, activation="relu2", then=self.down_proj)
         return self.ops.linear(x, self.down_proj, residual=h if onto is None else onto)
 
 
@@ -205,7 +205,8 @@ def build(scope: Scope, source: Config, sizes: Sizes, load: Loader, max_position
     prefix = next((p for p in ("backbone", "model") if scope.has(f"{p}.norm_f.weight")), "backbone")
     body = scope.at(prefix)
     table = next((n for n in ("embeddings", "embedding", "embed_tokens") if body.has(f"{n}.weight")), "embeddings")
-    memory = [{"mamba": sizes.mamba, "attention": sizes.attention}.get(kind) for kind in sizes.kinds]
+    memory = [load.remembered(body.at(f"layers.{i}.mixer"), sizes.attention) if kind == "attention" else
+              sizes.mamba if kind == "mamba" else None for i, kind in enumerate(sizes.kinds)]
     embed_tokens, lm_head = load.embedding_and_head(
         body.at(table), None if sizes.tie_word_embeddings else scope.at("lm_head"), sizes.vocab_size, sizes.hidden_size)
     norm = load.norm(body, "norm_f", sizes.hidden_size, sizes.eps)

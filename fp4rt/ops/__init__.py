@@ -32,6 +32,8 @@ class AttentionShape:
     Query head h reads K/V head h // (num_heads // num_kv_heads).
     values_are_keys: there is no v in the input; the values are the raw keys (Gemma 4's K=V layers).
     shares: the layer whose pages this one reads instead of writing its own; its input is q alone.
+    fp8_scales: (k, v) of pages in FP8: E4M3 codes of k and v divided by these, to nearest, saturating at 448 times the
+    scale; what is read is code times scale. None for pages in the backend's own precision.
     """
 
     num_heads: int
@@ -41,6 +43,7 @@ class AttentionShape:
     window: int | None = None
     values_are_keys: bool = False
     shares: int | None = None
+    fp8_scales: tuple[float, float] | None = None
 
     @property
     def input_width(self) -> int:
@@ -122,7 +125,9 @@ class SamplerRow:
     """How the next token of one sequence is drawn; see sampling.py for the meaning of each number.
 
     step: tokens drawn so far for this sequence (the random stream's position). prompt/generated: the ids that
-    penalties look at.
+    penalties look at. logit_bias: (id, what is added to its logit), each id once. mask: uint32 [ceil(V / 32)]; an id i
+    whose bit i % 32 of word i // 32 is 0 cannot be drawn. It holds for every draw until the sampler is refilled; None
+    allows all.
     """
 
     temperature: float
@@ -136,6 +141,8 @@ class SamplerRow:
     step: int
     prompt: Sequence[int]
     generated: Sequence[int]
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    mask: np.ndarray | None = None
 
 
 class Ops(Protocol):
@@ -195,6 +202,7 @@ class Ops(Protocol):
     def kv_pages(self, shape: AttentionShape, num_pages: int, group: int = 0) -> Handle:
         """Room for the keys and values of one layer: each [num_pages, num_kv_heads, PAGE_TOKENS, head_dim].
 
+        float32 on `reference` and `cpu`, fp16 on `cuda`, or one byte each where the shape has fp8_scales.
         group: which of the batch's page tables numbers them.
         """
 
@@ -210,12 +218,13 @@ class Ops(Protocol):
         """Residual float32 [T, d]: the rows of the table."""
 
     def linear(self, x: Handle, weight: Linear, *, norm: Handle | None = None, activation: str | None = None,
-               residual: Handle | None = None) -> Handle:
+               residual: Handle | None = None, then: Linear | None = None) -> Handle:
         """y = x @ W^T + bias, [T, K] -> [T, N], with its neighbours.
 
         norm: x is the residual stream and is RMS-normed first (without it, x is an activation).
         activation: one of ACTIVATIONS; the gated ones halve N.
         residual: returns residual + y (float32); the residual handed in is used up.
+        then: the linear that takes y next, as nothing else does: y may come in an order of that linear's own.
         """
 
     def attention(self, qkv: Handle, batch: Handle, pages: Handle, shape: AttentionShape, *, rope: Handle | None,
@@ -270,12 +279,23 @@ class Ops(Protocol):
     # -- Tokens -------------------------------------------------------------------------------------------------
 
     def sampler(self, rows: Sequence[SamplerRow], vocab_size: int, into: Handle | None = None) -> Handle:
-        """Put the settings of R rows where `sample` can read them; `into` refills one with the same R."""
+        """Put the settings of R rows where `sample` can read them; `into` refills one with the same R.
+
+        Masks are copied. Raises Fp4rtError("request") for a bias outside the vocabulary, or a mask that allows nothing.
+        """
 
     def sample(self, logits: Handle, sampler: Handle) -> Handle:
         """Next ids int32 [R], as sampling.draw defines; -1 where a row's logits hold a NaN or an infinity.
 
-        Advances the sampler: its step and its counts now include the drawn ids.
+        Advances the sampler: its step and its counts now include the drawn ids. The logits stay as they are.
+        """
+
+    def logprobs(self, logits: Handle, ids: Handle | np.ndarray, top: int) -> Handle:
+        """Natural log-probabilities under the softmax of logits [R, V] as the model gave them: float32 [R, 1 + 2 top].
+
+        In each row: that of its id (int32 [R]: as `sample` gave them, or the host's own); then the `top` (0 to 20)
+        likeliest ids, as floats, which hold them exactly, ties to the lowest id; then theirs. A row of NaN where the id
+        is -1 or the logits hold a NaN or an infinity. Raises Fp4rtError("request").
         """
 
     def advance(self, batch: Handle, ids: Handle) -> None:

@@ -134,7 +134,7 @@ class PlanningOps:
         return Buffer(self, len(batch.tokens), table.shape[1], 4)
 
     def linear(self, x: Buffer, weight: PlannedLinear, *, norm: Any = None, activation: str | None = None,
-               residual: Buffer | None = None) -> Buffer:
+               residual: Buffer | None = None, then: Any = None) -> Buffer:
         """A residual is added to in place; anything else is a new activation."""
         normed = Buffer(self, x.rows, x.columns, self._normed_bytes if norm is not None else 0)  # noqa: F841
         return residual or Buffer(self, x.rows, weight.out_features, self._activation_bytes)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fp4rt import sampling
 from fp4rt.batch import PAGE_TOKENS, Batch
 from fp4rt.errors import Fp4rtError
 from fp4rt.formats import Weight
+from fp4rt.formats.fp8 import E4M3, to_e4m3
 from fp4rt.ops import AttentionShape, MambaShape, Routing, SamplerRow
 
 
@@ -177,17 +179,29 @@ class MambaState:
 
 @dataclass
 class Pages:
-    """Keys and values [num_pages, num_kv_heads, PAGE_TOKENS, head_dim] float32; their page table is pages[group]."""
+    """Keys and values [num_pages, num_kv_heads, PAGE_TOKENS, head_dim]; their page table is pages[group].
+
+    float32, or with fp8_scales (of k and of v) uint8: E4M3 codes.
+    """
 
     keys: np.ndarray
     values: np.ndarray
     group: int
+    fp8_scales: tuple[float, float] | None = None
+
+    def write(self, page: np.ndarray, slot: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
+        """Remember k and v [n, num_kv_heads, head_dim] in these places."""
+        if self.fp8_scales:
+            k, v = (to_e4m3(x / np.float32(scale)) for x, scale in zip((k, v), self.fp8_scales))
+        self.keys[page, :, slot], self.values[page, :, slot] = k, v
 
     def read(self, pages: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
         """The first `length` keys and values of a sequence with these pages: [length, num_kv_heads, head_dim]."""
         count = -(-length // PAGE_TOKENS)
         gathered = (store[pages[:count]].transpose(0, 2, 1, 3) for store in (self.keys, self.values))
         keys, values = (g.reshape(-1, *g.shape[2:])[:length] for g in gathered)
+        if self.fp8_scales:
+            keys, values = (E4M3[x] * np.float32(scale) for x, scale in zip((keys, values), self.fp8_scales))
         return keys, values
 
 
@@ -199,7 +213,7 @@ class Sampler:
 
     def drawn(self, row: int, token: int) -> None:
         old = self.rows[row]
-        self.rows[row] = SamplerRow(**{**old.__dict__, "step": old.step + 1, "generated": [*old.generated, token]})
+        self.rows[row] = replace(old, step=old.step + 1, generated=[*old.generated, token])
 
 
 @dataclass(frozen=True)
@@ -259,10 +273,11 @@ class ReferenceOps:
 
     def kv_pages(self, shape: AttentionShape, num_pages: int, group: int = 0) -> Pages:
         size = (num_pages, shape.num_kv_heads, PAGE_TOKENS, shape.head_dim)
-        return Pages(np.zeros(size, np.float32), np.zeros(size, np.float32), group)
+        dtype = np.uint8 if shape.fp8_scales else np.float32
+        return Pages(np.zeros(size, dtype), np.zeros(size, dtype), group, shape.fp8_scales)
 
     def kv_page_bytes(self, shape: AttentionShape) -> int:
-        return 2 * shape.num_kv_heads * PAGE_TOKENS * shape.head_dim * 4
+        return 2 * shape.num_kv_heads * PAGE_TOKENS * shape.head_dim * (1 if shape.fp8_scales else 4)
 
     def batch(self, batch: Batch, into: Batch | None = None) -> Batch:
         if into is None:
@@ -275,7 +290,7 @@ class ReferenceOps:
         weight, scale = table
         return np.concatenate([weight.dequantize(slice(token, token + 1)) for token in batch.tokens.tolist()]) * scale
 
-    def linear(self, x, weight, *, norm=None, activation=None, residual=None):
+    def linear(self, x, weight, *, norm=None, activation=None, residual=None, then=None):
         if norm is not None:
             x = rms_norm(x, norm.weight, norm.eps)
         columns = []
@@ -309,8 +324,7 @@ class ReferenceOps:
             rows = slice(batch.starts[s], batch.starts[s + 1])
             where = batch.positions[rows]
             if shape.shares is None:
-                page, slot = table[s, where // PAGE_TOKENS], where % PAGE_TOKENS
-                pages.keys[page, :, slot], pages.values[page, :, slot] = k[rows], v[rows]
+                pages.write(table[s, where // PAGE_TOKENS], where % PAGE_TOKENS, k[rows], v[rows])
             keys, values = pages.read(table[s], length)
             out[rows] = attend(q[rows], keys, values, int(where[0]), shape, sinks)
         return out
@@ -367,18 +381,23 @@ class ReferenceOps:
         return rms_norm(gated, weight.norm.reshape(groups, -1), weight.eps).reshape(len(y), -1)
 
     def sampler(self, rows: Sequence[SamplerRow], vocab_size: int, into: Sampler | None = None) -> Sampler:
+        for row in rows:
+            sampling.check_row(row, vocab_size)
+        rows = [row if row.mask is None else replace(row, mask=row.mask.copy()) for row in rows]
         if into is None:
             return Sampler(rows)
-        into.rows = list(rows)
+        into.rows = rows
         return into
 
     def sample(self, logits: np.ndarray, sampler: Sampler) -> np.ndarray:
-        from fp4rt.sampling import draw
-
-        ids = np.array([draw(row, settings) for row, settings in zip(logits, sampler.rows)], np.int32)
+        ids = np.array([sampling.draw(row, settings) for row, settings in zip(logits, sampler.rows)], np.int32)
         for row, token in enumerate(ids.tolist()):
             sampler.drawn(row, token)
         return ids
+
+    def logprobs(self, logits: np.ndarray, ids: np.ndarray, top: int) -> np.ndarray:
+        sampling.check_logprobs(top, logits.shape[1])
+        return np.stack([sampling.logprobs(row, token, top) for row, token in zip(logits, ids.tolist(), strict=True)])
 
     def advance(self, batch: Batch, ids: np.ndarray) -> None:
         batch.tokens[...] = np.maximum(ids, 0)

@@ -46,11 +46,15 @@ class CpuLinear:
 
 @dataclass(frozen=True)
 class Pages:
-    """keys float32 [pages, Hk, head_dim, PAGE_TOKENS]; values float32 [pages, Hk, PAGE_TOKENS, head_dim up to 16 n]."""
+    """keys [pages, Hk, head_dim, PAGE_TOKENS]; values [pages, Hk, PAGE_TOKENS, head_dim up to 16 n].
+
+    float32, or with fp8_scales (of k and of v) uint8: E4M3 codes.
+    """
 
     keys: np.ndarray
     values: np.ndarray
     group: int  # of the batch's page tables
+    fp8_scales: tuple[float, float] | None = None
 
 
 def choose(parts: Sequence[Weight], deterministic: bool = False) -> tuple[str, str]:
@@ -155,12 +159,12 @@ class CpuOps(ReferenceOps):
         return linear
 
     def kv_pages(self, shape: AttentionShape, num_pages: int, group: int = 0) -> Pages:
-        heads, dim = shape.num_kv_heads, shape.head_dim
-        return Pages(np.zeros((num_pages, heads, dim, PAGE_TOKENS), np.float32),
-                     np.zeros((num_pages, heads, PAGE_TOKENS, -(-dim // 16) * 16), np.float32), group)
+        heads, dim, dtype = shape.num_kv_heads, shape.head_dim, np.uint8 if shape.fp8_scales else np.float32
+        return Pages(np.zeros((num_pages, heads, dim, PAGE_TOKENS), dtype),
+                     np.zeros((num_pages, heads, PAGE_TOKENS, -(-dim // 16) * 16), dtype), group, shape.fp8_scales)
 
     def kv_page_bytes(self, shape: AttentionShape) -> int:
-        return shape.num_kv_heads * PAGE_TOKENS * 4 * (shape.head_dim + -(-shape.head_dim // 16) * 16)
+        return shape.num_kv_heads * PAGE_TOKENS * (1 if shape.fp8_scales else 4) * (shape.head_dim + -(-shape.head_dim // 16) * 16)
 
     # -- A step -------------------------------------------------------------------------------------------------
 
@@ -168,7 +172,7 @@ class CpuOps(ReferenceOps):
         weight, scale = table
         return np.ascontiguousarray(weight.dequantize(batch.tokens)) * scale
 
-    def linear(self, x, weight, *, norm=None, activation=None, residual=None):
+    def linear(self, x, weight, *, norm=None, activation=None, residual=None, then=None):
         if activation not in (None, *ACTIVATIONS) or (activation not in (None, "relu2")) != weight.gated:
             kind = "a gated" if weight.gated else "an ungated"
             raise Fp4rtError("request", f"activation {activation!r} with {kind} weight")
@@ -227,9 +231,10 @@ class CpuOps(ReferenceOps):
         out = np.empty((len(qkv), shape.num_heads * shape.head_dim), np.float32)
         cos, sin = (_NONE, _NONE) if rope is None else rope
         q_norm, k_norm = q_norm or Norm(_EMPTY, 0.0), k_norm or Norm(_EMPTY, 0.0)
+        k_scale, v_scale = map(np.float32, pages.fp8_scales or (1, 1))
         with runtime.Threads(self.threads):
             kernels.attention(
-                qkv, pages.keys, pages.values, batch.positions, batch.starts, batch.pages[pages.group], cos, sin,
+                qkv, pages.keys, pages.values, k_scale, v_scale, batch.positions, batch.starts, batch.pages[pages.group], cos, sin,
                 q_norm.weight, q_norm.eps, k_norm.weight, k_norm.eps, shape.num_heads, np.float32(shape.scale),
                 shape.window or 0, _EMPTY if sinks is None else sinks, out, self.threads)
         return out

@@ -6,12 +6,14 @@ thread owns whole rows of an output.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numba import njit, prange
 
 from fp4rt.batch import PAGE_TOKENS
 from fp4rt.ops.cpu.emit import (
-    FP8_BLOCK, LANES, NARROW_COLUMNS, ROWS, TILE_TOKENS, WIDE_COLUMNS, decode_row, dot_rows, outer,
+    FP8, FP8_BLOCK, LANES, NARROW_COLUMNS, ROWS, TILE_TOKENS, WIDE_COLUMNS, decode_row, dot_rows, outer,
     outer_add, outer_add_narrow, silu_mul, softmax_page, tile,
 )
 from fp4rt.ops.cpu.runtime import compiled
@@ -217,8 +219,18 @@ def _turn(head, norm_weight, eps, cos, sin, at):
 
 
 @njit
-def _open_token(row, heads, keys, values, page, slot, q_norm, q_eps, k_norm, k_eps, cos, sin, at):
+def _to_e4m3(x):
+    """As formats.fp8.to_e4m3: a multiple of the step between codes of x's size."""
+    size = min(abs(x), np.float32(448)) if x == x else np.float32(448)
+    exponent = math.frexp(max(size, np.float32(2.0**-6)))[1]  # below the first normal, steps are as there
+    code = (exponent + 6) * 8 + np.rint(math.ldexp(size, 4 - exponent)) - 8
+    return np.uint8(code + (128 if math.copysign(np.float32(1), x) < 0 else 0))
+
+
+@njit
+def _open_token(row, heads, keys, values, k_scale, v_scale, page, slot, q_norm, q_eps, k_norm, k_eps, cos, sin, at):
     """Norm and rotate a token's q and k in place; write k and v to their page. A row of q alone writes nothing."""
+    codes = keys.itemsize == 1
     kv_heads, dim = keys.shape[1], keys.shape[2]
     own = len(row) > heads * dim
     for h in range(heads + kv_heads if own else heads):
@@ -227,20 +239,25 @@ def _open_token(row, heads, keys, values, page, slot, q_norm, q_eps, k_norm, k_e
     k, v = heads * dim, (heads + kv_heads) * dim
     for h in range(kv_heads if own else 0):
         for d in range(dim):
-            keys[page, h, d, slot] = row[k + h * dim + d]
-            values[page, h, slot, d] = row[v + h * dim + d]
+            key, value = row[k + h * dim + d], row[v + h * dim + d]
+            keys[page, h, d, slot] = _to_e4m3(key / k_scale) if codes else key
+            values[page, h, slot, d] = _to_e4m3(value / v_scale) if codes else value
 
 
 @compiled(parallel=True)
-def attention(qkv, keys, values, positions, starts, pages, cos, sin, q_norm, q_eps, k_norm, k_eps, heads, scale, window,
-              sinks, out, threads):
+def attention(qkv, keys, values, k_scale, v_scale, positions, starts, pages, cos, sin, q_norm, q_eps, k_norm, k_eps,
+              heads, scale, window, sinks, out, threads):
     """Attention over pages; see Ops.attention. q and k in `qkv` are normed and rotated in place.
 
     qkv: q, k and v of each token, v as it is to be written; or q alone, and nothing is written. sinks: [H] or empty.
 
-    keys: float32 [pages, Hk, hd, PAGE_TOKENS] (so that scores of a page are sums of whole vectors), values: float32
-    [pages, Hk, PAGE_TOKENS, hd rounded up to 16]. cos, sin [positions, hd/2] or [0, 0]. window: 0 for none.
+    keys: [pages, Hk, hd, PAGE_TOKENS] (so that scores of a page are sums of whole vectors), values: [pages, Hk,
+    PAGE_TOKENS, hd rounded up to 16]; both float32, or uint8: E4M3 codes in units of k_scale and v_scale (else 1).
+    cos, sin [positions, hd/2] or [0, 0]. window: 0 for none.
     """
+    codes = keys.itemsize == 1
+    decoded = np.float32(256) if codes else np.float32(1)  # decode_row gives a code's value times 2^-8
+    scale, v_scale_back = scale * k_scale * decoded, v_scale * decoded
     tokens, sequences = len(qkv), len(starts) - 1
     kv_heads, dim, wide = keys.shape[1], keys.shape[2], values.shape[3]
     group = heads // kv_heads
@@ -258,8 +275,9 @@ def attention(qkv, keys, values, positions, starts, pages, cos, sin, q_norm, q_e
     for share in prange(openers):
         for t in range(share, tokens, openers):
             at = positions[t]
-            _open_token(qkv[t], heads, keys, values, pages[owner[t], at // PAGE_TOKENS], at % PAGE_TOKENS, q_norm,
-                        q_eps, k_norm, k_eps, cos, sin, at)
+            page = pages[owner[t], at // PAGE_TOKENS]
+            _open_token(qkv[t], heads, keys, values, k_scale, v_scale, page, at % PAGE_TOKENS, q_norm, q_eps, k_norm,
+                        k_eps, cos, sin, at)
     for share in prange(threads):
         room = (block_tokens * group + ROWS - 1) // ROWS * ROWS
         q = np.empty((room, dim), np.float32)
@@ -267,6 +285,8 @@ def attention(qkv, keys, values, positions, starts, pages, cos, sin, q_norm, q_e
         sums = np.empty((room, wide), np.float32)
         highest, factor = np.empty(room, np.float32), np.empty(room, np.float32)
         total = np.empty((room, LANES), np.float32)
+        key_tile = np.empty((dim, PAGE_TOKENS) if codes else (0, 0), np.float32)
+        value_tile = np.empty((PAGE_TOKENS, wide) if codes else (0, 0), np.float32)
         for item in range(share, count * kv_heads, threads):
             block, head = item // kv_heads, item % kv_heads
             s, first = blocks[block, 0], blocks[block, 1]
@@ -287,9 +307,14 @@ def attention(qkv, keys, values, positions, starts, pages, cos, sin, q_norm, q_e
                 page, base = pages[s, number], number * PAGE_TOKENS
                 key, value = keys[page, head], values[page, head]
                 low, high = max(0, begin - base), min(PAGE_TOKENS, latest + 1 - base)
+                key_at, value_at = key.ctypes.data, value.ctypes.data
+                if codes:
+                    key_at, value_at = key_tile.ctypes.data, value_tile.ctypes.data
+                    decode_row(FP8, key.ctypes.data, 0, key.size // (4 * LANES), 0, 0, key_at)
+                    decode_row(FP8, value.ctypes.data, 0, value.size // (4 * LANES), 0, 0, value_at)
                 for r in range(0, filled, ROWS):
                     for column in range(0, PAGE_TOKENS, WIDE_COLUMNS):
-                        outer(q[r].ctypes.data, q.strides[0], key[0, column:].ctypes.data, key.strides[0], dim,
+                        outer(q[r].ctypes.data, q.strides[0], key_at + column * 4, PAGE_TOKENS * 4, dim,
                               scores[r, column:].ctypes.data, scores.strides[0], 0)
                 for r in range(rows):
                     at = earliest + r // group - base  # the row's own position, counted from the page's first
@@ -304,11 +329,11 @@ def attention(qkv, keys, values, positions, starts, pages, cos, sin, q_norm, q_e
                     weights, scaling = scores[r, low:].ctypes.data, factor[r:].ctypes.data
                     column = 0
                     while column + WIDE_COLUMNS <= wide:
-                        outer_add(weights, scores.strides[0], value[low, column:].ctypes.data, value.strides[0],
+                        outer_add(weights, scores.strides[0], value_at + (low * wide + column) * 4, wide * 4,
                                   high - low, sums[r, column:].ctypes.data, sums.strides[0], scaling)
                         column += WIDE_COLUMNS
                     while column < wide:
-                        outer_add_narrow(weights, scores.strides[0], value[low, column:].ctypes.data, value.strides[0],
+                        outer_add_narrow(weights, scores.strides[0], value_at + (low * wide + column) * 4, wide * 4,
                                          high - low, sums[r, column:].ctypes.data, sums.strides[0], scaling)
                         column += NARROW_COLUMNS
             for r in range(rows):
@@ -319,4 +344,4 @@ def attention(qkv, keys, values, positions, starts, pages, cos, sin, q_norm, q_e
                     weight += np.exp(sinks[head * group + r % group] - highest[r])
                 at = (head * group + r % group) * dim
                 for d in range(dim):
-                    out[first + r // group, at + d] = sums[r, d] / weight
+                    out[first + r // group, at + d] = sums[r, d] / weight * v_scale_back

@@ -5,7 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from typing import TYPE_CHECKING
+
 import cupy
+
+if TYPE_CHECKING:
+    from fp4rt.ops.cuda.warpgroup import Ordered
 
 
 @dataclass(frozen=True)
@@ -15,21 +20,23 @@ class Activation:
     length: what the 2-norm of a row cannot exceed, where more is known than sqrt(N) * bound.
     rows: float32 [T] that the rows are still to be multiplied by (bound and length leave it out), where they come from
     the residual stream itself, which has no bound.
+    ordered: what there is instead of `data` (then None) where only one linear takes it.
     """
 
-    data: cupy.ndarray
+    data: cupy.ndarray | None
     exponent: int
     bound: float
     length: float | None = None
     rows: cupy.ndarray | None = None
+    ordered: Ordered | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.data.shape
+        return self.data.shape if self.ordered is None else self.ordered.shape
 
     def row_length(self) -> float:
         """An upper bound of every row's 2-norm."""
-        return self.bound * math.sqrt(self.data.shape[1]) if self.length is None else self.length
+        return self.bound * math.sqrt(self.shape[1]) if self.length is None else self.length
 
 
 def exponent_for(bound: float) -> int:

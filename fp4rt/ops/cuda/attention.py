@@ -17,17 +17,23 @@ from fp4rt.ops.cuda.device import Device
 from fp4rt.ops.cuda.rms_norm import Norm
 
 _COMMON_HEAD_DIMS = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 256, 512)
-_MAX_CHUNKS, _CHUNK_PAGES, _DECODE_THREADS = 64, 2, 128  # as in kernels/attention_decode.cu
-_LONG_BLOCKS = 256  # of one long sequence, over all heads: two for each multiprocessor of a large chip
+_MAX_CHUNKS, _DECODE_THREADS = 64, 128  # as in kernels/attention_decode.cu
+_LONG_BLOCKS = 264  # of one long sequence, over all heads: two for each multiprocessor of an H100
 _WRITE_THREADS = 128
 
 
 def variants(capability: int) -> list[tuple[str, dict[str, int], int]]:
     """(stem, defines, dynamic shared bytes) that this module may launch, at published models' head sizes."""
-    return [*(("attention_prefill", {"HEAD_DIM": dim}, _flash(dim, capability)[2])
-              for dim in _COMMON_HEAD_DIMS),
-            *(("attention_decode", {"HEAD_DIM": dim, "HEAD_TILES": tiles}, 0) for dim in _COMMON_HEAD_DIMS
-              for tiles in ((1, 2) if dim <= 128 else (1,)))]
+    pages, found = ({}, {"KV_FP8": 1}), []
+    for dim in _COMMON_HEAD_DIMS:
+        ways = [_variant(dim, tiles, capability, sequences, chunks, per_sm)
+                for tiles in ((1, 2) if dim <= 128 else (1,))
+                for sequences, chunks, per_sm in ((1, 1, 1), (1, 8, 1), (8, 8, 4), (2, 32, 4), (16, 2, 4), (16, 4, 4))]
+        for kv in pages:
+            found.append(("attention_prefill", {"HEAD_DIM": dim, **kv}, _flash(dim, capability)[2]))
+            found += [("attention_decode", {"HEAD_DIM": dim, **way, **kv}, 0)
+                      for way in ({tuple(way.items()): way for way in ways}).values()]
+    return found
 
 
 @dataclass
@@ -36,11 +42,14 @@ class Pages:
 
     Uninitialised: no kernel reads past what a sequence has written. What is stored times 2^exponent is the key or
     value, and no value exceeds value_bound: constants of the layer that writes, for the layers that share its pages.
+    With fp8_scales (of k and of v) uint8: E4M3 codes, which times their scale are the key or value; the exponent and
+    bound are those of what attention makes of the values.
     """
 
     keys: cupy.ndarray
     values: cupy.ndarray
     group: int  # of the batch's page tables
+    fp8_scales: tuple[float, float] | None = None
     key_exponent: int = 0
     value_exponent: int = 0
     value_bound: float = 0.0
@@ -59,11 +68,12 @@ def kv_pages(device: Device, shape: AttentionShape, num_pages: int, group: int =
         raise Fp4rtError("checkpoint", f"head_dim is {shape.head_dim}; the CUDA backend has attention for multiples of "
                                        "16 up to 256 and of 32 up to 512; use device='cpu'")
     size = (num_pages, shape.num_kv_heads, PAGE_TOKENS, shape.head_dim)
-    return Pages(device.memory.array(size, np.float16), device.memory.array(size, np.float16), group)
+    dtype = np.uint8 if shape.fp8_scales else np.float16
+    return Pages(device.memory.array(size, dtype), device.memory.array(size, dtype), group, shape.fp8_scales)
 
 
 def kv_page_bytes(shape: AttentionShape) -> int:
-    return 2 * shape.num_kv_heads * PAGE_TOKENS * shape.head_dim * 2
+    return 2 * shape.num_kv_heads * PAGE_TOKENS * shape.head_dim * (1 if shape.fp8_scales else 2)
 
 
 def attention(device: Device, qkv: Activation, batch: DeviceBatch, pages: Pages, shape: AttentionShape, *,
@@ -85,31 +95,41 @@ def attention(device: Device, qkv: Activation, batch: DeviceBatch, pages: Pages,
         pages.value_exponent, pages.value_bound = qkv.exponent, qkv.bound
         if v_norm:
             pages.value_exponent, pages.value_bound = 0, math.sqrt(dim) * v_norm.largest
-    exponents = (0 if q_norm else qkv.exponent) + pages.key_exponent
-    scale = math.ldexp(shape.scale * math.log2(math.e), exponents)
+        if pages.fp8_scales:
+            pages.value_bound *= 1 + 2.0**-4  # rounding to three bits
+    key_scale, key_factor, value_factor, out_factor = math.ldexp(1.0, pages.key_exponent), 1.0, 1.0, 1.0
+    defines = {"HEAD_DIM": dim}
+    if pages.fp8_scales:  # kernels see a code as its value times 2^-8
+        defines["KV_FP8"] = 1
+        k_scale, v_scale = pages.fp8_scales
+        key_factor, value_factor = key_scale / k_scale, math.ldexp(1 / v_scale, pages.value_exponent)
+        key_scale, out_factor = 256 * k_scale, math.ldexp(256 * v_scale, -pages.value_exponent)
+    scale = math.ldexp(shape.scale * math.log2(math.e) * key_scale, 0 if q_norm else qkv.exponent)
     value_scale, window = math.ldexp(1.0, qkv.exponent), shape.window or 0
     q_opening, k_opening, v_opening = ((norm.weight, norm.eps) if norm else (None, 0.0)
                                        for norm in (q_norm, k_norm, v_norm))
     split = not deterministic and (sequences > 1 or tokens == 1)
     if tokens > sequences or not split:
-        device.kernel("attention_prefill", "attention_write",
-                      HEAD_DIM=dim)(tokens, _WRITE_THREADS, qkv.data, pages.keys, pages.values,
-                                    batch.positions, batch.starts, table, sequences, width, heads,
-                                    kv_heads, others, *k_opening, *v_opening, rope, value_scale, out, pdl=True)
+        device.kernel("attention_prefill", "attention_write", **defines)(
+            tokens, _WRITE_THREADS, qkv.data, pages.keys, pages.values, batch.positions, batch.starts, table, sequences,
+            width, heads, kv_heads, others, *k_opening, *v_opening, rope, value_scale, key_factor, value_factor, out,
+            pdl=True)
         warps, rows, shared = _flash(dim, device.capability)
         tiles = (tokens * (heads // kv_heads) + sequences * (rows - 1)) // rows
-        device.kernel("attention_prefill", "attention_prefill", HEAD_DIM=dim)(
+        device.kernel("attention_prefill", "attention_prefill", **defines)(
             (kv_heads, tiles), 32 * warps, qkv.data, pages.keys, pages.values,
             batch.positions, batch.starts, batch.lengths, table, sequences, width, heads, kv_heads,
-            others, int(split), *q_opening, rope, value_scale, scale, window, sinks, out, shared=shared, pdl=True)
+            others, int(split), *q_opening, rope, value_scale, scale, window, sinks, out_factor, out,
+            shared=shared, pdl=True)
     if split:
-        opening = (others, *q_opening, *k_opening, *v_opening, rope, value_scale, scale, window, sinks)
-        _decode(device, qkv, batch, pages, shape, out, opening)
+        opening = (others, *q_opening, *k_opening, *v_opening, rope, value_scale, scale, window, sinks, key_factor,
+                   value_factor, out_factor)
+        _decode(device, qkv, batch, pages, shape, out, opening, defines)
     return Activation(out, pages.value_exponent, pages.value_bound)
 
 
 def _decode(device: Device, qkv: Activation, batch: DeviceBatch, pages: Pages, shape: AttentionShape,
-            out: cupy.ndarray, opening: tuple) -> None:
+            out: cupy.ndarray, opening: tuple, defines: dict[str, int]) -> None:
     """The sequences with one new token; their keys are split in chunks by their own lengths alone."""
     kv_heads, dim, group = shape.num_kv_heads, shape.head_dim, shape.num_heads // shape.num_kv_heads
     table = batch.tables[pages.group]
@@ -121,15 +141,44 @@ def _decode(device: Device, qkv: Activation, batch: DeviceBatch, pages: Pages, s
             "checkpoint", f"{kv_heads} K/V heads and {shape.num_heads} heads are more than the CUDA "
             "backend's attention takes; use device='cpu'")
     visible = min(width, -(-shape.window // PAGE_TOKENS) + 1) if shape.window else width
-    max_chunks = min(_MAX_CHUNKS, max(8, _LONG_BLOCKS // blocks))
-    chunks = min(max_chunks, -(-visible // _CHUNK_PAGES))
-    slots = sequences * blocks * chunks * min(group, 8 * tiles)
+    spread, short, most = _chunking(blocks, sequences)
+    chunks = min(most, max(min(spread, visible), -(-visible // short)))
+    variant = _variant(dim, tiles, device.capability, sequences, chunks, blocks * sequences * chunks / device.sm_count)
+    cluster = variant["CLUSTER"]
+    slots = sequences * blocks * chunks * min(group, 8 * tiles) if chunks > cluster else 0
     partial = device.scratch((slots, dim), np.float32)
     statistics = device.scratch((slots, 2), np.float32)
-    device.kernel("attention_decode", "attention_decode", HEAD_DIM=dim, HEAD_TILES=tiles)(
-        (blocks, sequences, chunks), _DECODE_THREADS, qkv.data, pages.keys, pages.values, batch.starts,
-        batch.lengths, table, width, shape.num_heads, kv_heads, *opening, max_chunks, partial,
+    device.kernel("attention_decode", "attention_decode", **defines, **variant)(
+        (blocks, sequences, -(-chunks // cluster) * cluster), _DECODE_THREADS, qkv.data, pages.keys, pages.values,
+        batch.starts, batch.lengths, table, width, shape.num_heads, kv_heads, *opening, spread, short, most, partial,
         statistics, batch.tickets, out, pdl=True)
+
+
+def _chunking(blocks: int, sequences: int) -> tuple[int, int, int]:
+    """(spread, short_pages, max_chunks) of kernels/attention_decode.cu: the same for 1 to 8 sequences, so that they do
+    not change each other; more of them fill the chip with fewer and longer chunks."""
+    if sequences <= 8:
+        return 8, 2, min(_MAX_CHUNKS, max(8, _LONG_BLOCKS // blocks))
+    if sequences * blocks <= 128:
+        return 4, 4, 8
+    return (2, 8, 8) if sequences * blocks < 1024 else (1, 16, 8)
+
+
+def _variant(head_dim: int, tiles: int, capability: int, sequences: int, chunks: int, per_sm: float) -> dict[str, int]:
+    """How the blocks of the decode kernel run, which changes no result.
+
+    In clusters (sm_90), where one has all chunks; with registers for four on an SM where three would not all fit, and
+    the next kernel needs its half of the registers beside them.
+    """
+    variant = {"HEAD_TILES": tiles, "CLUSTER": 1}
+    if capability < 90 or head_dim > 256:
+        return variant
+    if 1 < chunks <= 8:
+        least = 2 if head_dim <= 128 else 4  # two blocks of more dimensions lack registers
+        variant["CLUSTER"] = 8 if sequences <= 8 else max(least, 1 << (chunks - 1).bit_length())
+    if 1 < per_sm <= 4 and sequences <= 8 and head_dim <= 128 and tiles == 1:
+        variant["BLOCKS"] = 4
+    return variant
 
 
 def _flash(head_dim: int, capability: int) -> tuple[int, int, int]:

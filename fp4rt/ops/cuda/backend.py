@@ -15,7 +15,8 @@ from fp4rt.batch import Batch
 from fp4rt.errors import Fp4rtError
 from fp4rt.formats import Weight
 from fp4rt.ops import AttentionShape, MambaShape, Routing, SamplerRow
-from fp4rt.ops.cuda import attention, batch, embedding, experts, linear, mamba, merge, per_layer, rms_norm, route, sample
+from fp4rt.ops.cuda import (attention, batch, embedding, experts, linear, logprobs, mamba, merge, per_layer, rms_norm,
+                            route, sample)
 from fp4rt.ops.cuda.activation import Activation
 from fp4rt.ops.cuda.device import Device, Fetched
 
@@ -52,7 +53,7 @@ class CudaOps:
         self.device = f"{self.gpu.name} ({self.gpu.arch})"
         self.deterministic = deterministic
         self._prepared: dict[ModuleType, set[str]] = {linear: set(), experts: set()}
-        for module in (embedding, batch, sample):  # what every model launches, some of it not before the first token
+        for module in (embedding, batch, sample, logprobs):  # what any model may launch first after loading
             for stem, defines, _ in module.variants(self.gpu.capability):
                 self.gpu.prepare(stem, defines)
 
@@ -115,11 +116,12 @@ class CudaOps:
         return embedding.embed(self.gpu, work.tokens, table)
 
     def linear(self, x: cupy.ndarray | Activation, weight: linear.CudaLinear, *, norm: rms_norm.Norm | None = None,
-               activation: str | None = None, residual: cupy.ndarray | None = None) -> cupy.ndarray | Activation:
+               activation: str | None = None, residual: cupy.ndarray | None = None,
+               then: linear.CudaLinear | None = None) -> cupy.ndarray | Activation:
         if norm is not None:
             x = rms_norm.Normed(x, norm)
         y = linear.linear(self.gpu, x, weight, activation=activation, residual=residual,
-                          deterministic=self.deterministic)
+                          deterministic=self.deterministic, then=then)
         return y if norm is not None or x.rows is None else dataclasses.replace(y, rows=x.rows)
 
     def attention(self, qkv: Activation, work: batch.DeviceBatch, pages: attention.Pages, shape: AttentionShape, *,
@@ -177,6 +179,9 @@ class CudaOps:
 
     def sample(self, logits: cupy.ndarray, sampler: sample.Sampler) -> cupy.ndarray:
         return sample.sample(self.gpu, logits, sampler)
+
+    def logprobs(self, logits: cupy.ndarray, ids: cupy.ndarray | np.ndarray, top: int) -> cupy.ndarray:
+        return logprobs.logprobs(self.gpu, logits, ids, top)
 
     def advance(self, work: batch.DeviceBatch, ids: cupy.ndarray) -> None:
         batch.advance(self.gpu, work, ids)

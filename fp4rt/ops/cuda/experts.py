@@ -10,10 +10,11 @@ import numpy as np
 
 from fp4rt.errors import Fp4rtError
 from fp4rt.formats import Weight
+from fp4rt.ops.cuda import warpgroup
 from fp4rt.ops.cuda.activation import Activation, exponent_for
 from fp4rt.ops.cuda.device import SHARED_LIMIT, Device
 from fp4rt.ops.cuda.linear import (ACTIVATIONS, ADD_FLOAT, LAYOUTS, MANY, STORE_HALF, ManyTokens, activated_bound,
-                                   check_activation, choose_layout, choose_many, same)
+                                   check_activation, choose_layout, choose_many, ordered_mode, same)
 from fp4rt.ops.cuda.route import Choice
 from fp4rt.ops.cuda.tiles import FEW_TOKENS, Layout, Packed, pack
 
@@ -115,30 +116,44 @@ def _grouped(device: Device, x: Activation, ids: cupy.ndarray, weights: cupy.nda
     tokens, slots = ids.shape
     pairs = tokens * slots
     x, pairs_of_x = _scaled(device, x, ids, up, slots)
-    choices = _choose(device, up, down, pairs)
+    by_warpgroups = warpgroup.runs(device, up.layout) and warpgroup.runs(device, down.layout)
+    choices = (warpgroup.choose_grouped if by_warpgroups else _choose)(device, up, down, pairs)
     size = choices[0].tokens
     most_blocks = min(pairs, pairs // size + up.experts)
     places, rows = device.scratch(pairs, np.int32), device.scratch(pairs, np.int32)
     blocks = device.scratch((most_blocks, 4), np.int32)
     device.kernel("experts", "group_by_expert")(up.experts, _THREADS, ids, pairs, pairs_of_x, size, most_blocks, places,
                                                 rows, blocks, shared=4 * up.experts, pdl=True)
-    inner = Activation(device.scratch((pairs, up.features), np.float16), exponent_for(inner_bound), inner_bound)
-    _many(device, x, rows, blocks, up, choices[0], inner.data, activation, inner.exponent)
+    inner_exponent = exponent_for(inner_bound)
+    if by_warpgroups and down.prescale is None and up.features % warpgroup.WHOLE == 0:
+        ordered = warpgroup.Ordered.empty(device, (pairs, up.features), down.layout.interleaved)
+        inner = Activation(None, inner_exponent, inner_bound, ordered=ordered)
+    else:
+        inner = Activation(device.scratch((pairs, up.features), np.float16), inner_exponent, inner_bound)
+    _many(device, x, rows, blocks, up, choices[0], inner, activation)
     inner, _ = _scaled(device, inner, ids, down, 1, places)
     each = exponent_for(each_bound)
     outputs = device.scratch((pairs, down.features), np.float16)
-    _many(device, inner, None, blocks, down, choices[1], outputs, None, each)
+    _many(device, inner, None, blocks, down, choices[1], Activation(outputs, each, each_bound), None)
     device.kernel("experts", "sum_slots")(tokens, _THREADS, outputs, places, weights, out, slots, down.features,
                                           int(mode == ADD_FLOAT), math.ldexp(1.0, each), math.ldexp(1.0, -exponent),
                                           shared=8 * slots + _AHEAD, pdl=True)
 
 
 def _many(device: Device, x: Activation, rows: cupy.ndarray | None, blocks: cupy.ndarray, packed: Packed,
-          many: ManyTokens, out: cupy.ndarray, activation: str | None, exponent: int) -> None:
+          many: ManyTokens | warpgroup.Warpgroups, out: Activation, activation: str | None) -> None:
+    if isinstance(many, warpgroup.Warpgroups):
+        ordered = x.ordered or warpgroup.order_grouped(device, x.data, rows, blocks, out.shape[0], packed.layout,
+                                                       many.tokens)
+        to, mode = (out.data, STORE_HALF) if out.ordered is None else (out.ordered.data, ordered_mode(out.ordered))
+        row_scale, bias, _, *rest = _epilogue(packed, x, mode, activation, out.exponent)
+        warpgroup.launch_grouped(device, ordered, blocks, packed, many, to,
+                                 (row_scale, bias, to.strides[0] // 2, *rest))
+        return
     limit = device.shared_limit
     kernel = device.kernel(packed.layout.stem, "many_experts", **_many_defines(packed.layout, many, limit))
     kernel((blocks.shape[0], -(-packed.row_tiles // (many.rows // 16))), many.threads, packed.tiles, x.data, rows, blocks,
-           packed.in_features, packed.row_tiles, out, *_epilogue(packed, x, STORE_HALF, activation, exponent),
+           packed.in_features, packed.row_tiles, out.data, *_epilogue(packed, x, STORE_HALF, activation, out.exponent),
            shared=many.stages(packed.layout, limit) * many.stage_bytes(packed.layout), pdl=True)
 
 

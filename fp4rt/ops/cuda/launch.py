@@ -25,6 +25,7 @@ _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREA
 _SHARED_WITHOUT_ASKING = 32 << 10                # static shared memory counts towards the driver's 48 KB, too
 _MAX_DYNAMIC_SHARED = 8                 # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _SHARED_CARVEOUT = 9                    # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, percent
+_CLUSTER_POLICY, _BALANCE = 15, 2       # CU_FUNC_ATTRIBUTE_CLUSTER_SCHEDULING_POLICY_PREFERENCE, ..._LOAD_BALANCING
 
 
 class _Attribute(ctypes.Structure):
@@ -85,6 +86,8 @@ class Kernel:
         # One split between L1 and shared memory for all kernels: an SM must be idle to change it, so two kernels with
         # different ones could not overlap.
         device.driver.set_attribute(self._pointer, _SHARED_CARVEOUT, 100, name)
+        if device.has_pdl:  # a cluster's blocks else crowd few SMs
+            device.driver.set_attribute(self._pointer, _CLUSTER_POLICY, _BALANCE, name)
 
     def __call__(self, grid: int | Sequence[int], block: int | Sequence[int], *args: Any, shared: int = 0,
                  pdl: bool = False) -> None:

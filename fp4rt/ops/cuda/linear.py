@@ -11,6 +11,7 @@ import numpy as np
 
 from fp4rt.errors import Fp4rtError
 from fp4rt.formats import Dense, Fp8, Mxfp4, Nvfp4, Weight
+from fp4rt.ops.cuda import warpgroup
 from fp4rt.ops.cuda.activation import Activation, exponent_for
 from fp4rt.ops.cuda.dense_linear import DENSE, DENSE_F32, dense_layout
 from fp4rt.ops.cuda.device import SHARED_LIMIT, Device
@@ -20,8 +21,8 @@ from fp4rt.ops.cuda.nvfp4_linear import NVFP4
 from fp4rt.ops.cuda.rms_norm import Normed
 from fp4rt.ops.cuda.tiles import FEW_TOKENS, Layout, Packed, pack, sum_bytes
 
-FUSED_NORM_TOKENS = 4  # up to which every block norms the rows itself; more are faster normed once
-STORE_HALF, STORE_FLOAT, ADD_FLOAT = range(3)  # enum Output in kernels/linear.cuh
+FUSED_NORM_TOKENS = 2  # up to which every block norms the rows itself; more are faster normed once
+STORE_HALF, STORE_FLOAT, ADD_FLOAT, STORE_ORDERED, STORE_INTERLEAVED = range(5)  # enum Output in kernels/linear.cuh
 _NO_NORM = None, 0.0, 0.0
 ACTIVATIONS = {None: 0, "relu2": 1, "silu": 2, "gelu_tanh": 3, "swiglu_oai": 4}  # enum in kernels/activation.cuh
 
@@ -138,9 +139,12 @@ def linear_weight(device: Device, parts: Sequence[Weight], *, gated: bool = Fals
 
 
 def linear(device: Device, x: Activation | Normed, weight: CudaLinear, *, activation: str | None = None,
-           residual: cupy.ndarray | None = None, logits: bool = False, deterministic: bool = False
-           ) -> Activation | cupy.ndarray:
-    """y = x @ W^T with its epilogue. residual float32 [T, N] is added to in place and returned; `logits`: float32."""
+           residual: cupy.ndarray | None = None, logits: bool = False, deterministic: bool = False,
+           then: CudaLinear | None = None) -> Activation | cupy.ndarray:
+    """y = x @ W^T with its epilogue. residual float32 [T, N] is added to in place and returned; `logits`: float32.
+
+    then: the only linear that takes the result, which is then ordered for it where both run as warpgroup products.
+    """
     tokens = x.shape[0]
     check_activation(activation, weight.gated)
     if residual is not None or logits:
@@ -160,11 +164,26 @@ def linear(device: Device, x: Activation | Normed, weight: CudaLinear, *, activa
         out = device.scratch((tokens, weight.out_features), np.float16)
         device.kernel("scale_columns", "multiply_halves")(tokens, 256, both, out, weight.out_features,
                                                           ACTIVATIONS[activation], 2.0**inner, 2.0**-exponent, pdl=True)
+    elif then is not None and not deterministic and _hands_over(device, tokens, weight, then):
+        ordered = warpgroup.Ordered.empty(device, (tokens, weight.out_features), then.groups[0].layout.interleaved)
+        _launch(device, x, weight.groups[0], ordered.data, ordered_mode(ordered), activation, exponent, deterministic)
+        return Activation(None, exponent, bound, ordered=ordered)
     else:
         out = device.scratch((tokens, weight.out_features), np.float16)
         for group, columns in _columns(weight, out):
             _launch(device, x, group, columns, STORE_HALF, activation, exponent, deterministic)
     return Activation(out, exponent, bound)
+
+
+def ordered_mode(out: warpgroup.Ordered) -> int:
+    """How the epilogue stores what is handed over."""
+    return STORE_INTERLEAVED if out.interleaved else STORE_ORDERED
+
+
+def _hands_over(device: Device, tokens: int, weight: CudaLinear, then: CudaLinear) -> bool:
+    return (tokens > FEW_TOKENS and weight.out_features % warpgroup.WHOLE == 0 and then.groups[0].prescale is None
+            and all(len(linear.groups) == 1 and warpgroup.runs(device, linear.groups[0].layout)
+                    for linear in (weight, then)))
 
 
 def check_activation(activation: str | None, gated: bool) -> None:
@@ -198,6 +217,10 @@ def _launch(device: Device, x: Activation | Normed, group: Packed, out: cupy.nda
             exponent: int, deterministic: bool) -> None:
     """One group into its columns of `out` ([T, features] of a wider row)."""
     tokens, k = x.shape
+    by_warpgroups = tokens > FEW_TOKENS and not deterministic and warpgroup.runs(device, group.layout)
+    if by_warpgroups and isinstance(x, Normed) and group.prescale is None and k % warpgroup.WHOLE == 0:
+        ordered = x.ordered(device, group.layout.interleaved)
+        x = Activation(None, x.exponent, x.row_length(), x.row_length(), ordered=ordered)
     if isinstance(x, Normed) and (tokens > FUSED_NORM_TOKENS or group.prescale is not None
                                   or not _few_plan(group.layout, device.shared_limit, tokens, k).resident):
         x = x.computed(device)
@@ -212,6 +235,9 @@ def _launch(device: Device, x: Activation | Normed, group: Packed, out: cupy.nda
     if deterministic:
         for start in range(0, tokens, FEW_TOKENS):
             _few(device, x.data[start:start + FEW_TOKENS], group, out[start:], _NO_NORM, epilogue)
+        return
+    if by_warpgroups:
+        warpgroup.launch(device, x.ordered or warpgroup.order(device, x.data, group.layout), group, out, epilogue)
         return
     many = choose_many(device, group, lambda many: -(-tokens // many.tokens))
     stages = many.stages(group.layout, device.shared_limit)

@@ -13,6 +13,7 @@ class Mxfp4Layout(Layout):
     """16 x 128 values in 1088 bytes, their scales relative to the row's largest, which `repack` gives to the row."""
 
     stem, defines, tile_k, tile_bytes = "mxfp4_linear", {}, 128, 1088
+    interleaved = True
     reason = "FP4 codes and their powers of two are decoded in registers"
 
     def repack(self, device: Device, part: Mxfp4, place: Place) -> None:

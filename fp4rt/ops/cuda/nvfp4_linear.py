@@ -13,6 +13,7 @@ class Nvfp4Layout(Layout):
     """16 x 128 values in 1152 bytes; the kernel leaves 2^-7 and the part's global scale to the row."""
 
     stem, defines, tile_k, tile_bytes = "nvfp4_linear", {}, 128, 1152
+    interleaved = True
     reason = "FP4 codes and block scales are decoded in registers"
 
     def row_scales(self, part: Nvfp4) -> float:

@@ -11,6 +11,7 @@ import numpy as np
 from fp4rt.ops.cuda.activation import Activation, exponent_for
 from fp4rt.ops.cuda.device import SHARED_LIMIT, Device
 from fp4rt.ops.cuda.tiles import few_warps
+from fp4rt.ops.cuda.warpgroup import Ordered
 
 _TINY = 1e-30  # mean square of a row of zeros
 
@@ -47,6 +48,7 @@ class Normed:
     x: cupy.ndarray
     norm: Norm
     _computed: list[Activation] = field(default_factory=list)
+    _ordered: dict[bool, Ordered] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -64,6 +66,14 @@ class Normed:
         if not self._computed:
             self._computed.append(rms_norm(device, self.x, self.norm))
         return self._computed[0]
+
+    def ordered(self, device: Device, interleaved: bool) -> Ordered:
+        """The same for linears that want it so: by a kernel of its own, at the first call. n is a multiple of 128."""
+        if interleaved not in self._ordered:
+            y = Ordered.empty(device, self.shape, interleaved)
+            _launch(device, self.x, self.norm.weight, y.data, self.norm.eps, math.ldexp(1.0, -self.exponent), None, y)
+            self._ordered[interleaved] = y
+        return self._ordered[interleaved]
 
 
 def rms_norm(device: Device, x: cupy.ndarray, norm: Norm) -> Activation:
@@ -84,7 +94,8 @@ def unit_rows(device: Device, x: cupy.ndarray) -> Activation:
 
 
 def _launch(device: Device, x: cupy.ndarray, weight: cupy.ndarray | None, y: cupy.ndarray, eps: float, factor: float,
-            rows: cupy.ndarray | None) -> None:
+            rows: cupy.ndarray | None, ordered: Ordered | None = None) -> None:
     defines = _defines(device.shared_limit)
     device.kernel("rms_norm", "rms_norm", **defines)(x.shape[0], defines["THREADS"], x, weight, y, x.shape[1], eps,
-                                                     factor, rows, pdl=True)
+                                                     factor, rows, ordered.padded if ordered else 0,
+                                                     int(ordered is not None and ordered.interleaved), pdl=True)

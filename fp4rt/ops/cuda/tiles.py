@@ -51,13 +51,15 @@ class Place:
 class Layout(ABC):
     """How a format's weights lie as tiles of 16 rows x tile_k columns, tile_bytes each.
 
-    stem and defines: the kernels that read it.
+    stem and defines: the kernels that read it. interleaved: whether lane t of a quad owns 32 neighbouring columns of a
+    tile, and not 8 of every 32 (Tile::position).
     """
 
     stem: str
     defines: dict[str, int]
     tile_k: int
     tile_bytes: int
+    interleaved = False
     reason: str
 
     def few_defines(self, shared_limit: int) -> dict[str, int]:

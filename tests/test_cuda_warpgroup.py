@@ -1,0 +1,77 @@
+"""Every variant of the warpgroup linears on sm_90a, whichever a shape would choose, against float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cases import LinearCase, make_weight
+from test_cuda_ops import activation, expected, residual_stream, run, values
+
+pytestmark = pytest.mark.gpu
+
+# Rows that end within a block, columns that end within a tile, tokens that end within 8, and two tiles of tokens.
+CASES = [*[LinearCase(t, ((kind, 300), (kind, 100)), 1136, bias=True) for kind in ("NVFP4", "MXFP4", "FP8", "BF16")
+           for t in (9, 300) if kind != "MXFP4"],
+         *[LinearCase(133, ((kind, 200), (kind, 200)), k, gated=True, norm=True)
+           for kind in ("NVFP4", "MXFP4", "FP8", "BF16") for k in (1120, 1152)],
+         LinearCase(70, (("NVFP4", 323), ), 1040, residual=True), LinearCase(70, (("BF16", 323), ), 1039)]
+
+
+@pytest.fixture(scope="module")
+def ops():
+    from fp4rt.ops.cuda import CudaOps
+
+    backend = CudaOps()
+    if backend.gpu.arch != "sm_90a":
+        backend.close()
+        pytest.skip("warpgroup products need sm_90a")
+    yield backend
+    backend.close()
+
+
+@pytest.mark.parametrize("number", range(17))
+def test_every_variant(ops, monkeypatch, number: int):
+    from fp4rt.ops.cuda import warpgroup
+
+    assert len(warpgroup.VARIANTS) == 17
+    variant = warpgroup.VARIANTS[number]
+    monkeypatch.setattr(warpgroup, "choose", lambda *_: variant)
+    for case in CASES:
+        y, allowed, _ = expected(case)
+        result, _ = run(ops, case)
+        if hasattr(result, "exponent"):
+            allowed = allowed + 2.0 ** (result.exponent - 24)
+        np.testing.assert_array_less(np.abs(values(ops, result) - y), allowed + 1e-30, err_msg=f"{case}: {variant}")
+
+
+@pytest.mark.parametrize("tokens", [16, 17, 64, 100, 128, 129, 300, 1024])
+def test_the_chosen_variant(ops, tokens: int):
+    case = LinearCase(tokens, (("NVFP4", 1040), ), 2048, residual=True)
+    y, allowed, _ = expected(case)
+    result, _ = run(ops, case)
+    np.testing.assert_array_less(np.abs(values(ops, result) - y), allowed + 1e-30)
+
+
+@pytest.mark.parametrize("kinds", [("NVFP4", "NVFP4"), ("NVFP4", "BF16"), ("FP8", "NVFP4"), ("BF16", "FP8")])
+@pytest.mark.parametrize("gated", [False, True])
+def test_what_goes_to_one_linear_is_the_same_in_its_order(ops, kinds: tuple[str, str], gated: bool):
+    rng = np.random.default_rng(6)
+    up = ops.linear_weight([make_weight(rng, kinds[0], 384, 256) for _ in range(1 + gated)], gated=gated)
+    down = ops.linear_weight([make_weight(rng, kinds[1], 200, 384)])
+    x = activation(ops, rng.standard_normal((45, 256)))
+    h = rng.standard_normal((45, 200))
+    name = "silu" if gated else "relu2"
+    ordered = ops.linear(x, up, activation=name, then=down)
+    assert ordered.data is None and ordered.shape == (45, 384)
+    plain = ops.linear(x, up, activation=name)
+    got, want = (values(ops, ops.linear(y, down, residual=residual_stream(ops, h))) for y in (ordered, plain))
+    np.testing.assert_array_equal(got, want)
+
+
+def test_only_a_warpgroup_linear_gets_its_own_order(ops):
+    rng = np.random.default_rng(7)
+    up = ops.linear_weight([make_weight(rng, "NVFP4", 256, 128) for _ in range(2)], gated=True)
+    for down, tokens in (("F32", 20), ("NVFP4", 8)):
+        weight = ops.linear_weight([make_weight(rng, down, 64, 256)])
+        y = ops.linear(activation(ops, rng.standard_normal((tokens, 128))), up, activation="silu", then=weight)
+        assert y.ordered is None and ops.linear(y, weight).shape == (tokens, 64)

@@ -62,25 +62,23 @@ struct RowNorm {
     float eps, factor;
 };
 
-// 8 of a row's columns from k, normed, to shared memory as 16 bytes, zero past the end. `aligned`: K % 8 == 0.
-__device__ __forceinline__ void stage_normed(uint4* shared, const float* row, const float* weight, float scale, int k,
-                                             int K, bool aligned) {
-    float4 x[2] = {}, w[2] = {};
+// 8 of a row's columns from k, zero past the end. `aligned`: K % 8 == 0.
+__device__ __forceinline__ void load_eight(float4 (&to)[2], const float* row, int k, int K, bool aligned) {
+    to[0] = to[1] = make_float4(0, 0, 0, 0);
     if (aligned) {
-        if (k < K) {
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                x[i] = reinterpret_cast<const float4*>(row + k)[i];
-                w[i] = reinterpret_cast<const float4*>(weight + k)[i];
-            }
-        }
+        for (int i = 0; i < 2; i++)
+            if (k < K) to[i] = reinterpret_cast<const float4*>(row + k)[i];
     } else {
 #pragma unroll
         for (int i = 0; i < 8; i++)
-            if (k + i < K) (&x[i / 4].x)[i % 4] = row[k + i], (&w[i / 4].x)[i % 4] = weight[k + i];
+            if (k + i < K) (&to[i / 4].x)[i % 4] = row[k + i];
     }
-    const uint2 low = normed(x[0], scale, w[0]), high = normed(x[1], scale, w[1]);
-    *shared = make_uint4(low.x, low.y, high.x, high.y);
+}
+
+__device__ __forceinline__ uint4 normed_eight(const float4 (&x)[2], float scale, const float4 (&weight)[2]) {
+    const uint2 low = normed(x[0], scale, weight[0]), high = normed(x[1], scale, weight[1]);
+    return make_uint4(low.x, low.y, high.x, high.y);
 }
 
 template <class Tile, int N>
@@ -155,40 +153,81 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const v
     const int all = max(0, (k_tiles - warp + WARPS - 1) / WARPS);
     const int most = SPLIT ? halves.half : (k_tiles + WARPS - 1) / WARPS;
     const int mine = SPLIT ? part ? max(0, all - halves.half) : min(all, halves.half) : all;
+    // A slot is free as soon as its tile is in registers, unless activations lie behind it or registers are short.
+    constexpr bool FETCH_EARLY = RESIDENT && sizeof(typename Tile::Raw) <= 64;
     const int slot_size = RESIDENT ? TILE : TILE + x_tile;
     const bool aligned = K % 8 == 0;
-    // Places in shared memory are indices of uint4: half the registers of pointers.
-    const int ring = warp * DEPTH * slot_size, ring_end = ring + DEPTH * slot_size;
-    const int all_x = WARPS * DEPTH * slot_size, own_x = all_x + warp * most * x_tile;
-    float* const sums = reinterpret_cast<float*>(shared + all_x + (RESIDENT ? WARPS * most * x_tile : 0));
+    // Places in shared memory are offsets in bytes: half the registers of pointers.
+    unsigned char* const base = reinterpret_cast<unsigned char*>(shared);
+    const unsigned slot_bytes = slot_size * 16, ring = warp * DEPTH * slot_bytes, ring_end = ring + DEPTH * slot_bytes;
+    const unsigned all_x = WARPS * DEPTH * slot_bytes, own_x = all_x + warp * most * x_tile * 16;
+    float* const sums = reinterpret_cast<float*>(base + all_x + (RESIDENT ? WARPS * most * x_tile * 16 : 0));
 
-    auto fetch_x = [&](int to, int i) {  // the activations of this warp's i-th tile
+    auto fetch_x = [&](unsigned to, int i) {  // the activations of this warp's i-th tile
         const int k = (warp + (first + i) * WARPS) * Tile::K + lane % CHUNKS * 8, c = Tile::position(lane % CHUNKS);
         for (int token = lane / CHUNKS; token < tokens; token += 32 / CHUNKS)
-            stage_chunk(shared + to + chunk_at<Tile>(token, c), static_cast<const __half*>(x) + (size_t)token * K, k, K,
-                        true, aligned);
+            stage_chunk(reinterpret_cast<uint4*>(base + to) + chunk_at<Tile>(token, c),
+                        static_cast<const __half*>(x) + (size_t)token * K, k, K, true, aligned);
     };
-    // What is fetched next: this lane's part of the tile, its number in the row, how many there are; and where to.
+    // What is fetched next: this lane's part of the tile, its number in the row, how many there are.
     const unsigned char* tile = weights + ((size_t)block * k_tiles + warp + first * WARPS) * Tile::BYTES + lane * 16;
     const int to_next_row = (blocks * k_tiles - mine * WARPS) * Tile::BYTES;
     int number = 0, left = block < row_tiles ? mine * ((row_tiles - 1 - block) / blocks + 1) : 0;
-    int fill = ring;
-    auto fetch = [&]() {
+    auto fetch = [&](unsigned slot) {
         if (left > 0) {
 #pragma unroll
             for (int i = 0; i < TILE; i += 32)
-                if (i + 32 <= TILE || lane < TILE - i) copy_async(shared + fill + i + lane, tile + i * 16, 16);
-            if constexpr (!RESIDENT) fetch_x(fill + TILE, number);
+                if (i + 32 <= TILE || lane < TILE - i) copy_async(base + slot + (i + lane) * 16, tile + i * 16, 16);
+            if constexpr (!RESIDENT) fetch_x(slot + TILE * 16, number);
             left--;
             tile += WARPS * Tile::BYTES;
             if (++number == mine) number = 0, tile += to_next_row;
-            fill += slot_size;
-            if (fill == ring_end) fill = ring;
         }
         copy_commit();
     };
 
-    auto fetch_normed = [&]() {
+    // Resident activations come by plain loads: cp.async of lines that all SMs want at once takes several times longer,
+    // and would have to wait for the weights before them. 1 / ROWS of a warp takes the columns of one tile and token.
+    constexpr int ROWS = 32 / CHUNKS;
+    const int c = lane % CHUNKS, to_c = Tile::position(c);
+    uint4* const resident = reinterpret_cast<uint4*>(base + own_x);
+    auto column = [&](int i) { return (warp + (first + i) * WARPS) * Tile::K + c * 8; };
+    auto load_x = [&]() {
+        const __half* rows = static_cast<const __half*>(x);
+        if (!aligned) {
+            for (int i = 0; i < mine; i++) fetch_x(own_x + i * x_tile * 16, i);
+            __syncwarp();
+            return;
+        }
+        int i = 0, token = lane / CHUNKS;
+        auto carry = [&]() {
+            while (token >= tokens) token -= tokens, i++;
+        };
+        carry();
+        while (i < mine) {
+            uint4 values[8];
+            int to[8];
+#pragma unroll
+            for (int u = 0; u < 8; u++) {
+                to[u] = i < mine ? i * x_tile + chunk_at<Tile>(token, to_c) : -1;
+                values[u] = make_uint4(0, 0, 0, 0);
+                if (i < mine && column(i) < K)
+                    values[u] = *reinterpret_cast<const uint4*>(rows + (size_t)token * K + column(i));
+                token += ROWS;
+                carry();
+            }
+#pragma unroll
+            for (int u = 0; u < 8; u++)
+                if (to[u] >= 0) resident[to[u]] = values[u];
+        }
+        __syncwarp();
+    };
+    // The same, normed. The weights of a lane's first tile are read before the predecessor is done; with one token the
+    // parts of a warp take turns with the tiles.
+    const int first_tile = tokens == 1 ? lane / CHUNKS : 0, tile_step = tokens == 1 ? ROWS : 1;
+    float4 norm_weight[2];
+    auto load_norm_weight = [&]() { load_eight(norm_weight, norm.weight, column(first_tile), K, aligned); };
+    auto load_normed = [&]() {
         const float* rows = static_cast<const float*>(x);
 #pragma unroll 1
         for (int token = 0; token < tokens; token++) {
@@ -197,13 +236,19 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const v
         }
         __syncthreads();
 #pragma unroll 1
-        for (int token = lane / CHUNKS; token < tokens; token += 32 / CHUNKS) {
+        for (int token = tokens == 1 ? 0 : lane / CHUNKS; token < tokens; token += ROWS) {
+            const float* row = rows + (size_t)token * K;
+            uint4* const to = resident + chunk_at<Tile>(token, to_c);
+            float4 values[2];
+            load_eight(values, row, column(first_tile), K, aligned);
             const float scale = norm.factor / row_length<WARPS>(sums + token, tokens, K, norm.eps);
+            if (first_tile < mine) to[first_tile * x_tile] = normed_eight(values, scale, norm_weight);
 #pragma unroll 1
-            for (int i = 0; i < mine; i++) {
-                const int k = (warp + i * WARPS) * Tile::K + lane % CHUNKS * 8, c = Tile::position(lane % CHUNKS);
-                stage_normed(shared + own_x + i * x_tile + chunk_at<Tile>(token, c), rows + (size_t)token * K,
-                             norm.weight, scale, k, K, aligned);
+            for (int i = first_tile + tile_step; i < mine; i += tile_step) {
+                float4 weight[2];
+                load_eight(values, row, column(i), K, aligned);
+                load_eight(weight, norm.weight, column(i), K, aligned);
+                to[i * x_tile] = normed_eight(values, scale, weight);
             }
         }
         __syncthreads();  // the sums' place is free again
@@ -211,24 +256,24 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const v
 
     dependents_may_start();
     if constexpr (RESIDENT) {
-        for (int d = 0; d < DEPTH; d++) fetch();
-        if (norm.weight)
-            for (int i = threadIdx.x * 32; i < K; i += WARPS * 32 * 32) prefetch(norm.weight + i);
+#pragma unroll 1
+        for (unsigned slot = ring; slot != ring_end; slot += slot_bytes) fetch(slot);
+        if (norm.weight) load_norm_weight();
     }
+    for (int i = threadIdx.x; block + i * blocks < row_tiles; i += WARPS * 32)
+        prefetch(e.row_scale + (block + i * blocks) * 16);
     wait_for_predecessor();
-    if (RESIDENT && norm.weight) fetch_normed();
-    else if constexpr (RESIDENT) {
-        for (int i = 0; i < mine; i++) fetch_x(own_x + i * x_tile, i);
-        copy_commit();
-        copy_wait<0>();
-        __syncwarp();
+    if constexpr (RESIDENT) {
+        if (norm.weight) load_normed();
+        else load_x();
     } else {
-        for (int d = 0; d < DEPTH; d++) fetch();
+#pragma unroll 1
+        for (unsigned slot = ring; slot != ring_end; slot += slot_bytes) fetch(slot);
     }
 
     // Lane t of token g finds the chunk of a step 4 chunks further each step, the swizzle apart.
     const int token = min(g, tokens - 1), swizzle = (token & 1) * 4;  // columns past the last token repeat it, unused
-    const int even = token * CHUNKS + t + swizzle;
+    const unsigned even = (token * CHUNKS + t + swizzle) * 16;
     // The warps that add up a row tile's sums take turns; the others go on to the next one. There are two sets of sums,
     // each with a barrier for "written", where the adders wait, and one for "read", where all others wait before they
     // write it again (the adders wait for each other at once).
@@ -236,23 +281,22 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const v
     const int adders = (tokens + 1) / 2;  // warps: 16 rows x tokens threads
     const bool gated = is_gated(e.activation);
     int added = 0;  // bit: whether this warp read that set
-    int drain = ring, turn = warp, count = 0;
+    unsigned drain = ring;
+    int turn = warp, count = 0;
     for (int row_tile = block; row_tile < row_tiles; row_tile += blocks, count++) {
-        // What this thread's outputs need is fetched now: its latency would stand at the end otherwise.
-        const int slot = turn * 32 + lane, row = slot % 16, column_token = slot / 16, packed = row_tile * 16 + row;
-        const int column = gated ? row_tile * 8 + row % 8 : packed;
         const bool adds = turn < adders;
-        const bool writes = column_token < tokens && column < e.features && !(gated && row >= 8);
         float row_scale = 0.0f, bias = 0.0f, before = 0.0f;
-        if (adds) {
-            row_scale = e.row_scale[packed] * e.in_factor;
+        if (adds) {  // What the outputs need is fetched now: its latency would stand at the end otherwise.
+            const int slot = turn * 32 + lane, row = slot % 16, column_token = slot / 16, packed = row_tile * 16 + row;
+            const int column = gated ? row_tile * 8 + row % 8 : packed;
+            row_scale = e.row_scale[packed];
             if (e.bias) bias = e.bias[packed];
-            if (e.mode == ADD_FLOAT && writes)
+            if (e.mode == ADD_FLOAT && column_token < tokens && column < e.features)
                 before = reinterpret_cast<const float*>(e.out)[(size_t)column_token * e.stride + column];
         }
 
         const int which = count & 1;
-        float* set = sums + which * WARPS * tokens * SUM_STRIDE;
+        float* const set = sums + which * WARPS * tokens * SUM_STRIDE;
         float acc[1][4] = {};
         const bool halved = HALVED && !SPLIT && mine > halves.half;
         auto put_sums = [&](bool again) {
@@ -266,6 +310,8 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const v
                 two[8] = again ? two[8] + acc[0][2 + j] : acc[0][2 + j];
             }
         };
+        unsigned x_at = own_x + even;
+#pragma unroll 1
         for (int i = 0; i < mine; i++) {
             if (halved && i == halves.half) {
                 put_sums(false);
@@ -273,24 +319,35 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const v
             }
             copy_wait<DEPTH - 1>();
             __syncwarp();
-            const uint4* x_even = shared + (RESIDENT ? own_x + i * x_tile : drain + TILE) + even;
-            const uint4* x_odd = x_even - 2 * swizzle;
+            if constexpr (!RESIDENT) x_at = drain + TILE * 16 + even;
+            const uint4* x_even = reinterpret_cast<const uint4*>(base + x_at);
+            const uint4* x_odd = reinterpret_cast<const uint4*>(base + (x_at - 32 * swizzle));
             typename Tile::Raw raw;
-            Tile::load(raw, reinterpret_cast<const unsigned char*>(shared + drain), lane);
+            Tile::load(raw, base + drain, lane);
+            if constexpr (FETCH_EARLY) {
+                __syncwarp();
+                fetch(drain);
+            }
 #pragma unroll
             for (int step = 0; step < STEPS; step++) {
                 const uint4 b[1] = {(step % 2 ? x_odd : x_even)[4 * step]};
                 multiply<Tile>(acc, raw, step, b);
             }
-            __syncwarp();
-            fetch();
-            drain += slot_size;
+            if constexpr (!FETCH_EARLY) {
+                __syncwarp();
+                fetch(drain);
+            }
+            x_at += x_tile * 16;
+            drain += slot_bytes;
             if (drain == ring_end) drain = ring;
         }
 
         put_sums(halved);
         if (!adds) barrier_arrive(WRITTEN + which, WARPS * 32);
         else {
+            const int slot = turn * 32 + lane, row = slot % 16, column_token = slot / 16;
+            const int column = gated ? row_tile * 8 + row % 8 : row_tile * 16 + row;
+            const bool writes = column_token < tokens && column < e.features && !(gated && row >= 8);
             barrier_wait(WRITTEN + which, WARPS * 32);
             float value = 0.0f;
             bool last = true;
@@ -325,7 +382,7 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const v
                 barrier_wait(ADDED + which, adders * 32);
                 barrier_arrive(READ + which, WARPS * 32);
             }
-            value = value * row_scale + bias;
+            value = value * (row_scale * e.in_factor) + bias;
             const float up = __shfl_down_sync(0xffffffffu, value, 8, 16);
             if (gated) value = gated_product(value, up, e.activation);
             else if (e.activation == RELU2) value = relu2(value);
@@ -540,7 +597,7 @@ __device__ __forceinline__ void record_norm(float sum, unsigned* largest) {
 #define LINEAR_ENTRIES(Tile)                                                                                           \
     extern "C" __global__ void __launch_bounds__(FEW_WARPS * 32, FEW_BLOCKS)                                           \
         few(const unsigned char* weights, const void* x, int tokens, int K, int row_tiles, int resident,               \
-            int half, const float* norm, float norm_eps, float norm_factor, EPILOGUE_PARAMETERS) {                               \
+            int half, const float* norm, float norm_eps, float norm_factor, EPILOGUE_PARAMETERS) {                     \
         const RowNorm before = {norm, norm_eps, norm_factor};                                                          \
         const Halves halves = {half, nullptr, nullptr};                                                                \
         const Epilogue e = EPILOGUE;                                                                                   \

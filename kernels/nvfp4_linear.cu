@@ -22,9 +22,11 @@ struct Nvfp4Tile : Fp4Codes {
         if (pair == 0) load(raw, tile, lane);
     }
 
-    // Scale `block` of a lane's four, in both halves, times 2^7.
+    // Scale `block` of a lane's four, in both halves, times 2^7. Those of a row are made together.
     static __device__ __forceinline__ __half2 scale(const Raw& raw, int block) {
-        return __hmul2(as_half2(__byte_perm(raw.scales, 0, 0x4040 + 0x0101 * block) << 7), as_half2(0x78007800u));
+        const __half2 both = __hmul2(as_half2(__byte_perm(raw.scales, 0, block < 2 ? 0x4140 : 0x4342) << 7),
+                                     as_half2(0x78007800u));
+        return block % 2 ? __high2half2(both) : __low2half2(both);
     }
 
     template <int PLANE>

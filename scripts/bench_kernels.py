@@ -3,7 +3,7 @@
 
     python scripts/bench_kernels.py                      Llama-3.1-8B's linears, 1 to 2048 tokens
     python scripts/bench_kernels.py --rows NVFP4:4096x4096 --tokens 1,8 --arch sm_80
-    python scripts/bench_kernels.py --chain              all four NVFP4 linears of 32 layers, each waiting for the last
+    python scripts/bench_kernels.py --chain --tokens 1,8 the NVFP4 linears of 32 layers, each waiting for the last
     python scripts/bench_kernels.py --cases experts      rows of tests/cases.py with this in their name ("": every one)
 
 Weights rotate over far more than the L2 cache holds; a row's launches are one CUDA graph; figures are medians. A row of
@@ -17,7 +17,7 @@ import argparse
 import copy
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -66,15 +66,15 @@ def activation(ops: CudaOps, rng: np.random.Generator, tokens: int, k: int) -> A
 class Row:
     """One weight shape ("kind:NxK", ":gated" for a pair that makes N/2 outputs, ":logits" for float32 outputs)."""
 
-    def __init__(self, ops: CudaOps, name: str, rng: np.random.Generator):
+    def __init__(self, ops: CudaOps, name: str, rng: np.random.Generator, copies: int | None = None):
         kind, shape, *flags = name.split(":")
         self.n, self.k = (int(size) for size in shape.split("x"))
         self.ops, self.name, self.gated, self.logits = ops, name, "gated" in flags, "logits" in flags
         parts = 2 if self.gated else 1
         self.parts = [make_weight(rng, kind, self.n // parts, self.k) for _ in range(parts)]
         first = ops.linear_weight(self.parts, gated=self.gated)
-        self.weights = [first, *(ops.linear_weight(self.parts, gated=self.gated)
-                                 for _ in range(min(64, ROTATE // first.nbytes)))]
+        more = min(64, ROTATE // first.nbytes) if copies is None else copies - 1
+        self.weights = [first, *(ops.linear_weight(self.parts, gated=self.gated) for _ in range(more))]
 
     def launch(self, x: Activation, weight: CudaLinear):
         return linear(self.ops.gpu, x, weight, activation="silu" if self.gated else None, logits=self.logits)
@@ -111,28 +111,45 @@ class Row:
               flush=True)
 
 
-def chain(ops: CudaOps, tokens: int, bandwidth: float, repeats: int, rng: np.random.Generator,
-          layers: int = 32) -> None:
-    """The linears of `layers` layers as a model runs them: the residual goes through o and down."""
-    host = {"qkv": [make_weight(rng, "NVFP4", 6144, 4096)], "o": [make_weight(rng, "NVFP4", 4096, 4096)],
-            "gate_up": [make_weight(rng, "NVFP4", 14336, 4096) for _ in range(2)],
-            "down": [make_weight(rng, "NVFP4", 4096, 14336)]}
-    weights = [{name: ops.linear_weight(parts, gated=name == "gate_up") for name, parts in host.items()}
-               for _ in range(layers)]
-    x, a = activation(ops, rng, tokens, 4096), activation(ops, rng, tokens, 4096)
-    h = ops.gpu.zeros((tokens, 4096), np.float32)
+CHAIN = {"qkv": "NVFP4:6144x4096", "o": "NVFP4:4096x4096", "gate_up": "NVFP4:28672x4096:gated",
+         "down": "NVFP4:4096x14336"}
 
-    def step():
-        for layer in weights:
-            ops.linear(x, layer["qkv"])
-            ops.linear(a, layer["o"], residual=h)
-            ops.linear(ops.linear(x, layer["gate_up"], activation="silu"), layer["down"], residual=h)
-        return h
 
-    seconds = median_seconds(ops, step, repeats)
-    nbytes = sum(weight.nbytes for layer in weights for weight in layer.values())
-    print(f"{f'{layers} layers, chained':28} {tokens:5} {seconds * 1e6:9.1f} us {nbytes / seconds / 1e12:6.2f} TB/s "
-          f"{nbytes / seconds / bandwidth:5.2f}", flush=True)
+def chain(ops: CudaOps, rows: dict[str, Row], tokens: int, bandwidth: float, repeats: int,
+          rng: np.random.Generator) -> None:
+    """The linears of a model's layers (`rows` as CHAIN), each waiting for the one before it: each kind by itself, all
+    as a model runs them (the residual goes through o and down), and with the RMSNorms before qkv and gate_up."""
+    inputs = {row.k: activation(ops, rng, tokens, row.k) for row in rows.values()}
+    for row in rows.values():
+        row.check(inputs[row.k], rng)
+    h, norm = ops.gpu.zeros((tokens, 4096), np.float32), ops.norm_weight(np.ones(4096, np.float32), 1e-5)
+
+    def run(name: str, layer: int, x=None, norm=None):
+        row = rows[name]
+        return ops.linear(inputs[row.k] if x is None else x, row.weights[layer], norm=norm,
+                          activation="silu" if row.gated else None, residual=h if name in ("o", "down") else None)
+
+    def layers(x=None, norm=None) -> None:
+        for layer in range(len(rows["o"].weights)):
+            run("qkv", layer, x, norm)
+            run("o", layer)
+            run("down", layer, run("gate_up", layer, x, norm))
+
+    def report(what: str, launches: Callable[[], object], names: Iterable[str]) -> None:
+        seconds = median_seconds(ops, launches, repeats)
+        nbytes = sum(weight.nbytes for name in names for weight in rows[name].weights)
+        each = seconds / len(rows["o"].weights)
+        print(f"{what:28} {tokens:5} {each * 1e6:9.2f} us {nbytes / seconds / 1e12:6.2f} TB/s "
+              f"{nbytes / seconds / bandwidth:5.3f}", flush=True)
+
+    def one_kind(name: str) -> None:
+        for layer in range(len(rows[name].weights)):
+            run(name, layer)
+
+    for name in rows:
+        report(f"{name}, chained", partial(one_kind, name), [name])
+    report("a layer's four, chained", layers, rows)
+    report("... and two norms", lambda: layers(h, norm), rows)
 
 
 # -- Rows of tests/cases.py -------------------------------------------------------------------------------------------
@@ -272,8 +289,9 @@ def main() -> None:
         print(f"{'weight':28} {'rows':>5} {'time':>12} {'bytes':>11} {'share':>5} {'arithmetic':>13}")
         tokens = [int(count) for count in options.tokens.split(",")]
         if options.chain:
+            rows = {key: Row(ops, name, rng, copies=32) for key, name in CHAIN.items()}
             for count in tokens:
-                chain(ops, count, bandwidth, options.repeats, rng)
+                chain(ops, rows, count, bandwidth, options.repeats, rng)
         for name in () if options.chain else options.rows:
             row = Row(ops, name, rng)
             for count in tokens:

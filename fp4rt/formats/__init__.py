@@ -8,4 +8,5 @@ from fp4rt.formats.nvfp4 import Nvfp4
 from fp4rt.formats.read import read_kv_scales, read_vector, read_weight
 from fp4rt.formats.weight import Weight
 
-__all__ = ["Dense", "ExpertShape", "Fp8", "Mxfp4", "Nvfp4", "Weight", "read_experts", "read_vector", "read_weight"]
+__all__ = ["Dense", "ExpertShape", "Fp8", "Mxfp4", "Nvfp4", "Weight", "read_experts", "read_kv_scales", "read_vector",
+           "read_weight"]

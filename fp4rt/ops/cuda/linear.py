@@ -21,7 +21,7 @@ from fp4rt.ops.cuda.nvfp4_linear import NVFP4
 from fp4rt.ops.cuda.rms_norm import Normed
 from fp4rt.ops.cuda.tiles import FEW_TOKENS, Layout, Packed, pack, sum_bytes
 
-FUSED_NORM_TOKENS = 4  # up to which every block norms the rows itself; more are faster normed once
+FUSED_NORM_TOKENS = 2  # up to which every block norms the rows itself; more are faster normed once
 STORE_HALF, STORE_FLOAT, ADD_FLOAT, STORE_ORDERED, STORE_INTERLEAVED = range(5)  # enum Output in kernels/linear.cuh
 _NO_NORM = None, 0.0, 0.0
 ACTIVATIONS = {None: 0, "relu2": 1, "silu": 2, "gelu_tanh": 3, "swiglu_oai": 4}  # enum in kernels/activation.cuh

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cases import LinearCase, make_weight
+from cases import EXPERTS, ExpertsCase, LinearCase, make_weight
+from test_cuda_experts import check
 from test_cuda_ops import activation, expected, residual_stream, run, values
 
 pytestmark = pytest.mark.gpu
@@ -75,3 +76,11 @@ def test_only_a_warpgroup_linear_gets_its_own_order(ops):
         weight = ops.linear_weight([make_weight(rng, down, 64, 256)])
         y = ops.linear(activation(ops, rng.standard_normal((tokens, 128))), up, activation="silu", then=weight)
         assert y.ordered is None and ops.linear(y, weight).shape == (tokens, 64)
+
+
+@pytest.mark.parametrize("case", [case for case in EXPERTS if case.tokens > 8], ids=str)
+def test_grouped_experts(ops, monkeypatch, case: ExpertsCase):
+    from fp4rt.ops.cuda import warpgroup
+
+    monkeypatch.setattr(warpgroup, "GROUPED", True)
+    check(ops, case)

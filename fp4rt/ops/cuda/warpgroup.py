@@ -10,6 +10,7 @@ import numpy as np
 from fp4rt.ops.cuda.device import SHARED_LIMIT, Device
 from fp4rt.ops.cuda.tiles import Layout, Packed
 
+GROUPED = False    # whether experts' linears run as warpgroup products too
 WHOLE = 128        # columns of the longest tile: what is a multiple of it has no tail in any layout
 _THREADS = 384     # two warpgroups that compute and one that brings
 _TOKENS, _STEPS = 64, 4  # of a block of the `order` kernel: each thread takes 32 columns of a token
@@ -82,6 +83,11 @@ VARIANTS = (*(Warpgroups(256, 128, split, 1.35, 1.35) for split in (1, 2, 4)),
 def runs(device: Device, layout: Layout) -> bool:
     """Sums per scale block would need a second set of accumulators, and a second plane a second set of weights."""
     return device.arch == "sm_90a" and _runs(layout)
+
+
+def runs_grouped(device: Device, up: Layout, down: Layout) -> bool:
+    """Both linears of a mixture, whose blocks of pairs are the same."""
+    return GROUPED and runs(device, up) and runs(device, down)
 
 
 def _runs(layout: Layout) -> bool:

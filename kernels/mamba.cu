@@ -6,6 +6,7 @@
 // step writes the one place that none of its reads needs), and `state`, [slot, heads, head_dim, STATE] float32. A
 // sequence at position 0 starts from zeros, whatever its slot holds. TAPS: the convolution's length.
 #include "mma.cuh"
+#include "norm.cuh"
 
 constexpr int THREADS = 128;
 constexpr int LANES = 8;                  // that share a row of the state: four neighbours of every 32 each
@@ -316,34 +317,71 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3)
                  in_factor, recent, state, out});
 }
 
-// grid (T, groups), block THREADS: RMSNorm over `size` neighbours of y * silu(z), to fp16 times a power of two. z is the
-// first of a row of `projected`, of `stride`. A token that no sequence owns gives zeros.
+// grid (T, groups), block THREADS: RMSNorm over `size` neighbours of y * silu(z), to fp16 times a power of two. z is
+// the first of a row of `projected`, of `stride`. A token that no sequence owns gives zeros. A group's first HELD *
+// THREADS quads stay in registers, and all their loads are on the way together.
 extern "C" __global__ void __launch_bounds__(THREADS)
     gated_norm(const float* __restrict__ y, const __half* __restrict__ projected, int stride, float in_factor,
                const int* __restrict__ starts, int sequences, int size, const float* __restrict__ weight, float eps,
                float factor, __half* __restrict__ out) {
+    constexpr int HELD = 4;
     __shared__ float partial[THREADS / 32];
-    dependents_may_start();
-    wait_for_predecessor();
     const size_t from = ((size_t)blockIdx.x * gridDim.y + blockIdx.y) * size;
-    const bool owned = blockIdx.x < starts[sequences];
+    const int quads = size % 4 || stride % 4 ? 0 : size / 4;  // others are not aligned to 16 and 8 bytes
     const __half* z = projected + (size_t)blockIdx.x * stride + (size_t)blockIdx.y * size;
     y += from, out += from, weight += (size_t)blockIdx.y * size;
+    dependents_may_start();
+    for (int i = threadIdx.x * 32; i < size; i += THREADS * 32) prefetch(weight + i);
+    wait_for_predecessor();
+
     auto gated = [&](int i) { return y[i] * silu(__half2float(z[i]) * in_factor); };
-    float squares = 0;
-    if (owned)
-        for (int i = threadIdx.x; i < size; i += THREADS) {
-            const float v = gated(i);
-            squares = fmaf(v, v, squares);
+    auto load = [&](int base, float4 (&v)[HELD], float4 (&w)[HELD]) {  // gated, and the weights
+        uint2 gates[HELD];
+#pragma unroll
+        for (int h = 0; h < HELD; h++) {
+            const int i = min(base + h * THREADS + (int)threadIdx.x, quads - 1);
+            v[h] = reinterpret_cast<const float4*>(y)[i], gates[h] = reinterpret_cast<const uint2*>(z)[i];
+            w[h] = reinterpret_cast<const float4*>(weight)[i];
         }
 #pragma unroll
-    for (int offset = 16; offset; offset /= 2) squares += __shfl_xor_sync(~0u, squares, offset);
-    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = squares;
-    __syncthreads();
-    float total = 0;
+        for (int h = 0; h < HELD; h++) {
+            const float2 low = __half22float2(as_half2(gates[h].x)), high = __half22float2(as_half2(gates[h].y));
+            v[h].x *= silu(low.x * in_factor), v[h].y *= silu(low.y * in_factor);
+            v[h].z *= silu(high.x * in_factor), v[h].w *= silu(high.y * in_factor);
+        }
+    };
+    float4 held[HELD], weights[HELD];
+    float squares = 0;
+    const bool owned = blockIdx.x < starts[sequences];
+    auto add = [&](int base, const float4 (&v)[HELD]) {
 #pragma unroll
-    for (int i = 0; i < THREADS / 32; i++) total += partial[i];
+        for (int h = 0; h < HELD; h++)
+            if (base + h * THREADS + threadIdx.x < quads)
+                squares += v[h].x * v[h].x + v[h].y * v[h].y + v[h].z * v[h].z + v[h].w * v[h].w;
+    };
+    if (quads) load(0, held, weights), add(0, held);
+#pragma unroll 1
+    for (int base = HELD * THREADS; base < quads; base += HELD * THREADS) {
+        float4 v[HELD], w[HELD];
+        load(base, v, w), add(base, v);
+    }
+    for (int i = 4 * quads + threadIdx.x; i < size; i += THREADS) squares = fmaf(gated(i), gated(i), squares);
+    const float total = block_sum<THREADS / 32>(squares, partial);
     const float scale = factor / sqrtf(total / size + eps);
-    for (int i = threadIdx.x; i < size; i += THREADS)
+    auto store = [&](int base, const float4 (&v)[HELD], const float4 (&w)[HELD]) {
+#pragma unroll
+        for (int h = 0; h < HELD; h++) {
+            const int i = base + h * THREADS + threadIdx.x;
+            if (i < quads)
+                reinterpret_cast<uint2*>(out)[i] = owned ? normed(v[h], scale, w[h]) : make_uint2(0, 0);
+        }
+    };
+    if (quads) store(0, held, weights);
+#pragma unroll 1
+    for (int base = HELD * THREADS; base < quads; base += HELD * THREADS) {
+        float4 v[HELD], w[HELD];
+        load(base, v, w), store(base, v, w);
+    }
+    for (int i = 4 * quads + threadIdx.x; i < size; i += THREADS)
         out[i] = __float2half_rn(owned ? gated(i) * scale * weight[i] : 0.0f);
 }

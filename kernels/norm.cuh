@@ -1,5 +1,23 @@
 // RMSNorm (Zhang and Sennrich 2019) of a row by a whole block: the same bits in every kernel of as many threads.
 
+// The sum over a warp, in all its lanes.
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+    for (int offset = 16; offset; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
+    return value;
+}
+
+// The sum over a block of WARPS warps, in all its threads; call with all of them, once for each `shared` [WARPS].
+template <int WARPS> __device__ __forceinline__ float block_sum(float value, float* shared) {
+    value = warp_sum(value);
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
+    __syncthreads();
+    float total = 0;
+#pragma unroll
+    for (int i = 0; i < WARPS; i++) total += shared[i];
+    return total;
+}
+
 // This warp's share of a row's sum of squares, in all its lanes.
 template <int BLOCK> __device__ __forceinline__ float warp_squares(const float* x, int d) {
     const int quads = d % 4 ? 0 : d / 4;  // rows of other sizes are not aligned to 16 bytes
@@ -11,9 +29,7 @@ template <int BLOCK> __device__ __forceinline__ float warp_squares(const float* 
     }
 #pragma unroll 1
     for (int i = 4 * quads + threadIdx.x; i < d; i += BLOCK) squares = fmaf(x[i], x[i], squares);
-#pragma unroll
-    for (int offset = 16; offset; offset /= 2) squares += __shfl_xor_sync(~0u, squares, offset);
-    return squares;
+    return warp_sum(squares);
 }
 
 // What a row is divided by, from its warps' squares, `stride` apart.

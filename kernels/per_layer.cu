@@ -1,5 +1,6 @@
 // Gemma 4's per-layer embeddings: what a token's own vectors, one for each layer, add to the residual stream.
 #include "table.cuh"
+#include "norm.cuh"
 
 constexpr int THREADS = 128;
 
@@ -24,13 +25,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         const float value = __half2float(projected[i]) * factor;
         squares = fmaf(value, value, squares);
     }
-#pragma unroll
-    for (int offset = 16; offset; offset /= 2) squares += __shfl_xor_sync(~0u, squares, offset);
-    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = squares;
-    __syncthreads();
-    float total = 0;
-#pragma unroll
-    for (int i = 0; i < THREADS / 32; i++) total += partial[i];
+    const float total = block_sum<THREADS / 32>(squares, partial);
     const float inverse = factor / sqrtf(total / width + eps);
     for (int i = threadIdx.x; i < width; i += THREADS) {
         const float value = __half2float(projected[i]) * inverse * weight[i] +

@@ -61,6 +61,8 @@ class Stats:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     finished: dict[str, int] = field(default_factory=dict)  # requests by finish_reason
+    drafted_tokens: int = 0   # guessed, under `speculate`
+    accepted_tokens: int = 0  # of them, those that were right
 
 
 class _Bell:
@@ -253,7 +255,8 @@ class AsyncLLM:
         running = len(scheduler.running)
         return Stats(running, max(0, len(self._requests) - running), sum(cache.num_pages), cache.pages_in_use,
                      scheduler.prompt_tokens_asked, scheduler.prompt_tokens_found, scheduler.preemptions,
-                     self._prompt_tokens, self._generated_tokens, dict(self._finished))
+                     self._prompt_tokens, self._generated_tokens, dict(self._finished),
+                     scheduler.drafted, scheduler.accepted)
 
     @property
     def healthy(self) -> bool:

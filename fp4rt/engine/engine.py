@@ -18,6 +18,7 @@ from fp4rt.layers import Decoder
 from fp4rt.ops import Ops, SamplerRow
 
 LEASE = 256       # decode steps that run on pages and settings put on the device once
+UNGUESSED = 4     # of them where nothing could be guessed, before the host looks again: it costs the device a wait
 
 Event = tuple[Sequence, int]
 
@@ -179,8 +180,10 @@ class Engine:
     def _decode(self, sequences: list[Sequence]) -> Iterator[Event]:
         """Steps of one token for each sequence, until one of them ends, another arrives, or pages run out."""
         steps = LEASE if not self.scheduler.waiting else PAGE_TOKENS  # whoever waits needs pages, too
-        if self.scheduler.speculate or any(sequence.grammar for sequence in sequences):
-            steps = 1  # the host looks at each token: for guesses at the next ones, for what may follow
+        if any(sequence.grammar for sequence in sequences):
+            steps = 1
+        elif self.scheduler.speculate:
+            steps = UNGUESSED
         steps = min(steps, max(sequence.remaining for sequence in sequences))
         lease = [(sequence, min(len(sequence.ids) + steps, sequence.limit)) for sequence in sequences]
         missing = [self.cache.missing(s.held, tokens) for s, tokens in lease]

@@ -117,7 +117,7 @@ def row(directory: Path, shape: str, layers: int | None, repeat: int, bandwidth:
     with checkpoint(directory, shape, layers) as (path, made):
         room = 8 * -(-(CONTEXT + NEW_TOKENS) // 64) * 64
         memory = DeviceMemory()
-        plan = inspect(path, device="cuda", max_model_len=room, prefix_caching=False)
+        plan = inspect(path, device="cuda", max_model_len=room)
         planned = plan.weight_bytes + plan.table_bytes + plan.workspace + plan.kv_bytes
         with fp4rt.load(path, device="cuda", max_model_len=room, prefix_caching=False) as llm:
             print("\n".join(llm.report), file=sys.stderr)

@@ -42,11 +42,13 @@ def command(model: str, prompt_tokens: int, max_tokens: int, batch: int, repeat:
     """
     from fp4rt.bandwidth import read_bandwidth
     from fp4rt.breakdown import breakdown
+    from fp4rt.cache import MAX_SEQUENCES
     from fp4rt.source import resolve
 
     path = resolve(model, revision=revision)
     room = max_model_len or context_for(path, batch * -(-(prompt_tokens + max_tokens) // 64) * 64)
-    with load(str(path), quiet=quiet, device=device, arch=arch, max_model_len=room, prefix_caching=False, **given) as llm:
+    with load(str(path), quiet=quiet, device=device, arch=arch, max_model_len=room, prefix_caching=False,
+              max_num_seqs=batch if batch > MAX_SEQUENCES else None, **given) as llm:
         if prompt_tokens + max_tokens > llm.max_model_len:
             raise Fp4rtError("request", f"--prompt-tokens and --max-tokens are {prompt_tokens + max_tokens} together; "
                              f"the context holds {llm.max_model_len}")

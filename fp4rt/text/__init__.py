@@ -13,8 +13,10 @@ from fp4rt.errors import Fp4rtError
 from fp4rt.text.reasoning import PROMPT_TAIL, Kind, Piece, Splitter, make_splitter, switch_thinking
 from fp4rt.text.stream import StopStrings, TextStream, TokenBytes
 from fp4rt.text.template import ChatTemplate, find_template
+from fp4rt.text.tools import Tool, ToolCall, ToolFormat, ToolSplitter, find_format
 
-__all__ = ["RESERVED", "Kind", "Piece", "Splitter", "StopStrings", "Text", "TextStream"]
+__all__ = ["RESERVED", "Kind", "Piece", "Splitter", "StopStrings", "Text", "TextStream", "Tool", "ToolCall",
+           "ToolFormat", "ToolSplitter"]
 
 MAX_TOKENIZER_BYTES = 256 << 20
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -66,6 +68,15 @@ class Text:
         """A decoder that is fed one id at a time."""
         return TextStream(self._bytes, skip_special)
 
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that one id stands for, special ones spelled out; none for an id without a token."""
+        return self._bytes.of(token, skip_special=False)
+
+    @property
+    def added(self) -> dict[str, tuple[int, bool]]:
+        """The tokenizer's added tokens: {spelling: (id, whether it is special)}."""
+        return {token.content: (i, token.special) for i, token in self._tokenizer.get_added_tokens_decoder().items()}
+
     # -- Chat ---------------------------------------------------------------------------------------------------
 
     def render_chat(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True,
@@ -106,8 +117,19 @@ class Text:
 
     def splitter(self, prompt: Sequence[int]) -> Splitter | None:
         """What tells reasoning from answer in the reply to a chat's ids; None where the model marks no thoughts."""
-        added = {token.content: (i, token.special) for i, token in self._tokenizer.get_added_tokens_decoder().items()}
-        return make_splitter(added, self.template.source(), self.decode(prompt[-PROMPT_TAIL:], skip_special=False))
+        return make_splitter(self.added, self.template.source(), self.prompt_end(prompt))
+
+    def tool_format(self) -> ToolFormat | None:
+        """How this checkpoint calls tools; None where its chat template knows of none."""
+        return find_format(self.added, self.template.source(tools=True))
+
+    def tool_splitter(self, prompt: Sequence[int], tools: Sequence[Tool], format: ToolFormat) -> ToolSplitter:
+        """`splitter` for a chat with tools: takes the calls out too."""
+        return format.splitter(tools, self.splitter(prompt), self.prompt_end(prompt))
+
+    def prompt_end(self, prompt: Sequence[int]) -> str:
+        """The last tokens of a prompt as text, special ones spelled out: enough to see what they have opened."""
+        return self.decode(prompt[-PROMPT_TAIL:], skip_special=False)
 
     @property
     def template(self) -> ChatTemplate:

@@ -207,7 +207,7 @@ class Tagged:
             spelling = tag.spelling if tag.id is None else ""
             if self._kind == "reasoning":
                 body, found, rest = text.partition(spelling) if spelling else (text, "", "")
-                keep = len(body) - (0 if found else _overlap(body, spelling))
+                keep = len(body) - (0 if found else overlap(body, spelling))
                 pieces += self._writer.write(body[:keep])
                 self._held = body[keep:]
             else:
@@ -225,7 +225,7 @@ class Tagged:
             text = rest
 
 
-def _overlap(text: str, tag: str) -> int:
+def overlap(text: str, tag: str) -> int:
     """The length of the longest end of the text that could become the tag."""
     return next((n for n in range(min(len(tag) - 1, len(text)), 0, -1) if text.endswith(tag[:n])), 0)
 

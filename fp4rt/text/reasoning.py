@@ -168,7 +168,7 @@ class Tagged:
     """
 
     def __init__(self, opening: Tag, closing: Tag, label: str, prompt: str):
-        self._opening, self._closing, self._label = opening, closing, label
+        self.opening, self.closing, self._label = opening, closing, label
         self._writer = _Writer()
         self._kind: Kind = "answer"
         self._begun = False  # the answer
@@ -180,9 +180,14 @@ class Tagged:
             self._turn("reasoning")
             self._writer.write(label)
 
+    @property
+    def thinking(self) -> bool:
+        """Whether what comes next is reasoning, until the closing tag."""
+        return self._kind == "reasoning"
+
     def push(self, token: int, text: str) -> list[Piece]:
-        thinking = self._kind == "reasoning"
-        tag = self._closing if thinking else self._opening
+        thinking = self.thinking
+        tag = self.closing if thinking else self.opening
         if token != tag.id or not (thinking or tag.special or not self._begun):
             return self._text(text)
         before = self._text(text.removesuffix(tag.spelling))
@@ -203,7 +208,7 @@ class Tagged:
         pieces: list[Piece] = []
         text = self._held + text
         while True:
-            tag = self._closing if self._kind == "reasoning" else self._opening
+            tag = self.closing if self._kind == "reasoning" else self.opening
             spelling = tag.spelling if tag.id is None else ""
             if self._kind == "reasoning":
                 body, found, rest = text.partition(spelling) if spelling else (text, "", "")

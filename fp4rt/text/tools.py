@@ -58,7 +58,7 @@ class ToolFormat:
         """What takes the calls out of a reply. inner: tells the reasoning apart; prompt: its end, spelled out."""
         if self.form == "harmony":
             tags = {self.added[spelling][0]: spelling for spelling in Harmony.TAGS}
-            return HarmonyTools(tags, prompt)
+            return HarmonyTools(tags, self.added.get("<|constrain|>", (None, False))[0], prompt)
         return TaggedTools(self, tools, inner)
 
 
@@ -164,12 +164,16 @@ class TaggedTools(ToolSplitter):
 class HarmonyTools(Harmony, ToolSplitter):
     """Calls are the messages to a recipient "functions.NAME" on any channel."""
 
-    def __init__(self, tags: dict[int, str], prompt: str):
+    def __init__(self, tags: dict[int, str], constrain: int | None, prompt: str):
         ToolSplitter.__init__(self)
+        self._constrain = constrain
         self._recipient: str | None = None  # of the header that is being read
         self._name: str | None = None       # of the call that is being read
         self._arguments = ""
         Harmony.__init__(self, tags, prompt)
+
+    def push(self, token: int, text: str) -> list[Piece]:
+        return super().push(token, text + " " if token == self._constrain else text)  # it ends a recipient's name
 
     def finish(self, text: str = "") -> list[Piece]:
         pieces = super().finish(text)

@@ -63,9 +63,7 @@ class Grammar:
 def failure(name: str, reason: str) -> Fp4rtError:
     """What is wrong with a grammar that came from the field `name`, in one line."""
     lines = [line.strip() for line in reason.split("<state>")[0].splitlines() if line.strip()]
-    error = Fp4rtError("request", f"{name}: {' '.join(lines)[:300] or 'is too complex'}")
-    error.param = name
-    return error
+    return Fp4rtError("request", f"{name}: {' '.join(lines)[:300] or 'is too complex'}", name)
 
 
 class Grammars:

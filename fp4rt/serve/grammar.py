@@ -22,7 +22,7 @@ from fp4rt.text.tools import FORMS, QUOTE, takes_text
 
 MAX_GRAMMAR = 1 << 17  # characters of a grammar, schemas included
 CACHED = 64            # compiled grammars that are kept
-WHITE_SPACE = r"[ \n\r\t]{1,32}"  # between JSON's tokens: a bound, or a lost model would write nothing else for ever
+WHITE_SPACE = r"[ \t]{1,8}|\r?\n[ \t]{0,64}"  # between JSON's tokens: a bound, or a lost model writes nothing else
 
 Added = dict[str, tuple[int, bool]]  # added tokens: {spelling: (id, special)}
 

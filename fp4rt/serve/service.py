@@ -34,13 +34,14 @@ class Disconnected(Exception):
 class Service:
     """A model as it is served. name: what clients call it; busy: calls that are being answered."""
 
-    def __init__(self, llm: fp4rt.AsyncLLM, name: str):
-        self.llm, self.name = llm, name
-        self.text = llm.text
-        self.max_model_len = llm.max_model_len
+    def __init__(self, llm: fp4rt.AsyncLLM, name: str, openapi: bytes):
+        self.llm, self.name, self.openapi = llm, name, openapi
+        self.text = llm.llm.text
+        self.vocab_size = llm.llm.engine.model.config.vocab_size
+        self.max_model_len = llm.llm.max_model_len
         self.created = int(time.time())
         self.metrics = Metrics(llm, name)
-        self.grammars = Grammars(self.text, llm.vocab_size)
+        self.grammars = Grammars(self.text, self.vocab_size)
         self.draining = False
         self.busy: set[Call] = set()
         self._threads = ThreadPoolExecutor(THREADS, "fp4rt-serve")
@@ -158,8 +159,8 @@ def too_large() -> ApiError:
     return ApiError(413, f"the body is larger than {MAX_BODY_BYTES >> 20} MiB", headers={"connection": "close"})
 
 
-def make_sampling(given: Sampled, index: int, max_tokens: int | None, vocab_size: int) -> fp4rt.Sampling:
-    """The Sampling of the reply number `index` of a request: each draws from its own random stream."""
+def make_sampling(given: Sampled, max_tokens: int | None, vocab_size: int) -> fp4rt.Sampling:
+    """The Sampling that a request asks for. What it leaves open is as the checkpoint's generation_config.json says."""
     bias = {}
     for key, value in (given.logit_bias or {}).items():
         token = int(key) if key.isdecimal() and len(key) < 12 else -1
@@ -171,7 +172,7 @@ def make_sampling(given: Sampled, index: int, max_tokens: int | None, vocab_size
         top_k=None if given.top_k is None else max(0, given.top_k), top_p=given.top_p, min_p=given.min_p,
         repetition_penalty=given.repetition_penalty, presence_penalty=given.presence_penalty,
         frequency_penalty=given.frequency_penalty, logit_bias=bias or None,
-        seed=None if given.seed is None else (given.seed + index) % 2**64,
+        seed=None if given.seed is None else given.seed % 2**64,
         stop=() if given.stop is None else (given.stop,) if isinstance(given.stop, str) else tuple(given.stop),
         ignore_eos=bool(given.ignore_eos))
 

@@ -48,7 +48,7 @@ def _number(name: str, value: Any) -> int | float:
         number = int(value) if whole else float(value)
         if least <= number <= most and not (name == "temperature" and 0 < number < _MIN_TEMPERATURE):
             return number
-    raise Fp4rtError("request", f"{name} is {value!r}; it must be {words}")
+    raise Fp4rtError("request", f"{name} is {value!r}; it must be {words}", name)
 
 
 def _biases(given: Mapping[int, float] | Iterable[tuple[int, float]] | None) -> tuple[tuple[int, float], ...]:

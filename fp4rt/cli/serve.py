@@ -60,9 +60,9 @@ def command(model: str, host: str, port: int, keys: tuple[str, ...], api_key_fil
         log_to_stderr()
         address, number = sock.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
-        click.echo(f"listening on http://{shown}:{number}", err=True)
         try:
-            Server(app, service, drain_seconds).run([sock])
+            Server(app, service, drain_seconds,
+                   ready=lambda: click.echo(f"listening on http://{shown}:{number}", err=True)).run([sock])
         finally:
             service.close()
 

@@ -8,7 +8,7 @@ import logging
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import h11
 import uvicorn
@@ -115,13 +115,18 @@ def bind(host: str, port: int) -> socket.socket:
 class Server(uvicorn.Server):
     """Ends in order: no new requests, then those that run, then those that still do with an error, then the socket."""
 
-    def __init__(self, app: Front, service: Service, drain_seconds: float):
+    def __init__(self, app: Front, service: Service, drain_seconds: float, ready: Callable[[], None] = lambda: None):
+        """drain_seconds: how long running requests may go on at the end. ready: called once connections are taken."""
         super().__init__(uvicorn.Config(
             app, http=Protocol, loop="asyncio", ws="none", lifespan="off", log_config=None, access_log=False,
             server_header=False, proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_SECONDS,
             h11_max_incomplete_event_size=MAX_HEADER_BYTES, timeout_graceful_shutdown=FLUSH_SECONDS))
-        self._service, self._drain_seconds = service, drain_seconds
+        self._service, self._drain_seconds, self._ready = service, drain_seconds, ready
         self._ending: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -48,11 +48,12 @@ class Client:
     def __init__(self, port: int):
         self.port = port
 
-    async def _send(self, method: str, path: str, body: dict | None = None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def _send(self, method: str, path: str,
+                    body: dict | None = None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         data = json.dumps(body).encode() if body is not None else b""
-        writer.write(f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
-                     f"Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        writer.write(f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+                     f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
         return reader, writer
 
     async def get(self, path: str) -> tuple[int, str]:
@@ -225,7 +226,7 @@ async def terminate(options: list[str], clients: int, times: int) -> None:
             broken = [one for one in replies if one.ended == "broken"]
             cut += sum(one.ended == "error" for one in replies)
             if code or broken:
-                check(False, f"SIGTERM under load, time {number + 1}: exit code {code}, {len(broken)} replies broken off")
+                check(False, f"SIGTERM under load, time {number + 1}: exit code {code}, {len(broken)} replies broken")
     check(True, f"SIGTERM under load {times} times: exit code 0, {cut} replies ended with an error, none without")
 
 

@@ -50,7 +50,8 @@ def test_a_completion(server: Running):
     ids = server.llm.llm.encode("Once upon a time")
     assert reply["usage"] == {"prompt_tokens": len(ids), "completion_tokens": 8, "total_tokens": len(ids) + 8,
                               "prompt_tokens_details": {"cached_tokens": 0}}
-    streamed = server.events(TEXT, prompt="Once upon a time", max_tokens=8, stream_options={"include_usage": True}, **GREEDY)
+    streamed = server.events(TEXT, prompt="Once upon a time", max_tokens=8, stream_options={"include_usage": True},
+                             **GREEDY)
     assert "".join(one["choices"][0]["text"] for one in streamed[:-1]) == choice["text"]
     assert streamed[-2]["choices"][0]["finish_reason"] == "length"
     assert streamed[-1]["choices"] == [] and streamed[-1]["usage"]["completion_tokens"] == 8
@@ -143,8 +144,9 @@ def test_parts_of_text_and_developers_are_taken(server: Running):
             == server.llm.llm.text.encode_chat(plain))
 
 
-SCHEMA = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "maximum": 99},
-                                           "kind": {"enum": ["cat", "dog"]}},
+SCHEMA = {"type": "object", "properties": {
+    "name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "maximum": 99},
+    "kind": {"enum": ["cat", "dog"]}},
           "required": ["name", "age", "kind"], "additionalProperties": False}
 
 
@@ -160,10 +162,13 @@ def test_replies_follow_a_schema(server: Running, temperature: float):
 
 def test_a_schema_changes_nobody_elses_reply(server: Running):
     alone = server.post(CHAT, messages=HELLO, max_tokens=20, **GREEDY)["choices"][0]["message"]["content"]
-    said: list[str] = []
-    threads = [threading.Thread(target=lambda kind=kind: said.append((kind, server.post(
-        CHAT, messages=HELLO, max_tokens=20, response_format={"type": kind}, **GREEDY)["choices"][0]["message"]["content"])))
-        for kind in ("text", "json_object") * 3]
+    said: list[tuple[str, str]] = []
+
+    def ask(kind: str) -> None:
+        reply = server.post(CHAT, messages=HELLO, max_tokens=20, response_format={"type": kind}, **GREEDY)
+        said.append((kind, reply["choices"][0]["message"]["content"]))
+
+    threads = [threading.Thread(target=ask, args=[kind]) for kind in ("text", "json_object") * 3]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -219,23 +224,27 @@ def test_metrics_count(server: Running):
 USER = {"role": "user", "content": "x"}
 CHAT_MISTAKES = [
     ({}, "messages"), ({"messages": []}, "messages"), ({"messages": "x"}, "messages"),
-    ({"messages": [{"role": "king", "content": "x"}]}, "messages[0].role"), ({"messages": [{"role": "user"}]}, "messages[0].content"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages[0].content[0].type"),
-    ({"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]}, "messages[0].content[0].type"),
+    ({"messages": [{"role": "king", "content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+     "messages[0].content[0].type"),
+    ({"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]},
+     "messages[0].content[0].type"),
     ({"messages": [USER], "temperature": 3}, "temperature"), ({"messages": [USER], "temperature": 1e-9}, "temperature"),
     ({"messages": [USER], "n": 0}, "n"), ({"messages": [USER], "n": 10**6}, "n"),
     ({"messages": [USER], "max_tokens": 0}, "max_tokens"), ({"messages": [USER], "top_p": 0}, "top_p"),
     ({"messages": [USER], "seed": 2**64}, "seed"), ({"messages": [USER], "stop": [""]}, "stop[0]"),
     ({"messages": [USER], "frobnicate": 1}, "frobnicate"), ({"messages": [USER], "top_logprobs": 3}, "top_logprobs"),
     ({"messages": [USER], "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-    ({"messages": [USER], "logit_bias": {"x": 1}}, "logit_bias"), ({"messages": [USER], "logit_bias": {"999999": 1}}, "logit_bias"),
+    ({"messages": [USER], "logit_bias": {"x": 1}}, "logit_bias"),
+    ({"messages": [USER], "logit_bias": {"999999": 1}}, "logit_bias"),
     ({"messages": [USER], "logit_bias": {"1": 101}}, "logit_bias[...]"),
     ({"messages": [USER], "tool_choice": "required"}, "tool_choice"),
     ({"messages": [USER], "tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     ({"messages": [USER], "reasoning_effort": "low"}, "reasoning_effort"),
     ({"messages": [USER], "response_format": {"type": "xml"}}, "response_format.type"),
-    ({"messages": [USER], "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "frog"}}}},
-     "response_format"),
+    ({"messages": [USER], "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {
+        "type": "frog"}}}}, "response_format"),
     ({"messages": [USER], "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {
         "type": "string", "pattern": "(a|b"}}}}, "response_format"),
     ({"messages": [USER], "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {
@@ -247,13 +256,15 @@ CHAT_MISTAKES = [
 TEXT_MISTAKES = [
     ({}, "prompt"), ({"prompt": []}, "prompt"), ({"prompt": ["x", 1]}, "prompt"), ({"prompt": [[]]}, "prompt"),
     ({"prompt": [-1]}, "prompt[0]"), ({"prompt": [10**6]}, "prompt"), ({"prompt": 5}, "prompt"),
-    ({"prompt": "x", "best_of": 2}, "best_of"), ({"prompt": ["x"] * 129}, "prompt"), ({"prompt": "x", "logprobs": 21}, "logprobs"),
+    ({"prompt": "x", "best_of": 2}, "best_of"), ({"prompt": ["x"] * 129}, "prompt"),
+    ({"prompt": "x", "logprobs": 21}, "logprobs"),
     ({"prompt": "x", "suffix": "y"}, "suffix"), ({"prompt": "x", "max_tokens": -1}, "max_tokens"),
     ({"prompt": "x", "stop": ["a"] * 17}, "stop"), ({"prompt": "x", "max_tokens": 1.5}, "max_tokens"),
 ]
 
 
-@pytest.mark.parametrize("path,body,param", [*((CHAT, *one) for one in CHAT_MISTAKES), *((TEXT, *one) for one in TEXT_MISTAKES)])
+@pytest.mark.parametrize("path,body,param", [*((CHAT, *one) for one in CHAT_MISTAKES),
+                                             *((TEXT, *one) for one in TEXT_MISTAKES)])
 def test_mistakes_name_their_field(server: Running, path: str, body: dict, param: str):
     error = server.refused(path, 400, body)
     assert error["type"] == "invalid_request_error" and error["param"] == param, error

@@ -1,4 +1,4 @@
-"""The server as others use it: the openai client as its documentation shows, tools, and schemathesis over the OpenAPI file."""
+"""The server as others use it: the openai client as documented, tools, and schemathesis over the OpenAPI file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEMPLATE = """{{ bos_token }}{% if tools %}<|start_header_id|>system<|end_header
 {% endfor %}Answer with {"name": function name, "parameters": {...}}.<|eot_id|>{% endif %}
 {%- for message in messages %}<|start_header_id|>{{ message.role }}<|end_header_id|>
 
-{% if message.tool_calls %}{{ message.tool_calls[0].function | tojson }}{% else %}{{ message.content }}{% endif %}<|eot_id|>
+{{ message.tool_calls[0].function | tojson if message.tool_calls else message.content }}<|eot_id|>
 {%- endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>
 
 {% endif %}"""
@@ -68,12 +68,13 @@ def test_chat_and_streams(client, model: str):
     done = client.chat.completions.create(model=model, messages=[USER], temperature=0, max_completion_tokens=24,
                                           logprobs=True, top_logprobs=1)
     assert done.choices[0].message.content and done.choices[0].logprobs.content[0].token
-    stream = client.chat.completions.create(model=model, messages=[USER], temperature=0, max_completion_tokens=24, stream=True,
-                                            stream_options={"include_usage": True})
+    stream = client.chat.completions.create(model=model, messages=[USER], temperature=0, max_completion_tokens=24,
+                                            stream=True, stream_options={"include_usage": True})
     chunks = list(stream)
     said = "".join(one.choices[0].delta.content or "" for one in chunks if one.choices)
     assert said == done.choices[0].message.content and chunks[-1].usage == done.usage
-    with client.chat.completions.stream(model=model, messages=[USER], temperature=0, max_completion_tokens=24) as events:
+    with client.chat.completions.stream(model=model, messages=[USER], temperature=0,
+                                        max_completion_tokens=24) as events:
         assert events.get_final_completion().choices[0].message.content == said
 
 
@@ -188,6 +189,7 @@ def test_the_openapi_file_is_true(server: Running, mode: str):
 
         check()
     if mode == "positive":
-        assert {path for path, found in statuses.items() if 200 in found} >= {"/v1/completions", "/tokenize", "/", "/v1/models"}
+        answered = {path for path, found in statuses.items() if 200 in found}
+        assert answered >= {"/v1/completions", "/tokenize", "/", "/v1/models"}
     assert server.ask("GET", "/health")[0] == 200
     wait_until(lambda: server.llm.stats().kv_pages_in_use == 0)

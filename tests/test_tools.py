@@ -33,15 +33,16 @@ SPECIAL = {
 
 # form, reply, reasoning, answer, [(name, arguments)]
 REPLIES = [
-    ("hermes", '<think>\nHm.\n</think>\n\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris", "days": 3, '
-     '"exact": true}}\n</tool_call>', "Hm.", "", [("get_weather", PARIS)]),
+    ("hermes", '<think>\nHm.\n</think>\n\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris", '
+     '"days": 3, "exact": true}}\n</tool_call>', "Hm.", "", [("get_weather", PARIS)]),
     ("hermes", 'I look.\n<tool_call>{"name": "clock", "arguments": {}}</tool_call>\n<tool_call>{"name": "clock", '
      '"arguments": "{}"}</tool_call>', "", "I look.\n", [("clock", {}), ("clock", {})]),
     ("hermes", "no <tool call> here <tool_cal", "", "no <tool call> here <tool_cal", []),
     ("hermes", "<tool_call>{broken}</tool_call> then", "", "<tool_call>{broken}</tool_call> then", []),
     ("hermes", '<tool_call>{"name": "clock", "arguments": {}}', "", "", [("clock", {})]),
-    ("xml", "<think>Hm</think><tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n<parameter=days>\n3\n"
-     "</parameter>\n<parameter=exact>\nTrue\n</parameter>\n</function>\n</tool_call>", "Hm", "", [("get_weather", PARIS)]),
+    ("xml", "<think>Hm</think><tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n"
+     "<parameter=days>\n3\n</parameter>\n<parameter=exact>\nTrue\n</parameter>\n</function>\n</tool_call>", "Hm", "",
+     [("get_weather", PARIS)]),
     ("xml", "<tool_call><function=get_weather><parameter=city>\n12\n</parameter></function></tool_call>", "", "",
      [("get_weather", {"city": "12"})]),
     ("toolcall", '<TOOLCALL>[{"name": "get_weather", "arguments": {"city": "Paris", "days": 3, "exact": true}}, '
@@ -49,22 +50,24 @@ REPLIES = [
     ("mistral", '[TOOL_CALLS][{"name": "clock", "arguments": {}}]', "", "", [("clock", {})]),
     ("mistral", '[TOOL_CALLS]get_weather[CALL_ID]abc123DEF[ARGS]{"city": "Paris", "days": 3, "exact": true}'
      "[TOOL_CALLS]clock[ARGS]{}", "", "", [("get_weather", PARIS), ("clock", {})]),
-    ("gemma", f"<|channel>thought\nHm<channel|><|tool_call>call:get_weather{{city:{QUOTE}Paris{QUOTE},days:3,exact:true}}"
-     "<tool_call|>", "Hm", "", [("get_weather", PARIS)]),
-    ("gemma", f"<|tool_call>call:clock{{a:[1,{{b:{QUOTE}x, }}{QUOTE}}},null],{QUOTE}c d{QUOTE}:-1.5}}<tool_call|>", "", "",
-     [("clock", {"a": [1, {"b": "x, }"}, None], "c d": -1.5})]),
+    ("gemma", "<|channel>thought\nHm<channel|><|tool_call>"
+     f"call:get_weather{{city:{QUOTE}Paris{QUOTE},days:3,exact:true}}<tool_call|>", "Hm", "", [("get_weather", PARIS)]),
+    ("gemma", f"<|tool_call>call:clock{{a:[1,{{b:{QUOTE}x, }}{QUOTE}}},null],{QUOTE}c d{QUOTE}:-1.5}}<tool_call|>", "",
+     "", [("clock", {"a": [1, {"b": "x, }"}, None], "c d": -1.5})]),
     ("gemma", "<|tool_call>call:clock{a:[1<tool_call|>", "", "<|tool_call>call:clock{a:[1<tool_call|>", []),
     ("llama", '{"name": "get_weather", "parameters": {"city": "Paris", "days": 3, "exact": true}}', "", "",
      [("get_weather", PARIS)]),
-    ("llama", '<|python_tag|>{"type": "function", "name": "clock", "parameters": {}}; {"name": "clock", "parameters": {}}',
-     "", "", [("clock", {}), ("clock", {})]),
+    ("llama", '<|python_tag|>{"type": "function", "name": "clock", "parameters": {}}; '
+     '{"name": "clock", "parameters": {}}', "", "", [("clock", {}), ("clock", {})]),
     ("llama", '{"name": "Bob", "age": 3}', "", '{"name": "Bob", "age": 3}', []),
     ("llama", 'As JSON: {"name": "clock", "parameters": {}}', "", 'As JSON: {"name": "clock", "parameters": {}}', []),
-    ("harmony", "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary to=functions.get_weather "
-     '<|constrain|>json<|message|>{"city": "Paris", "days": 3, "exact": true}', "Hm.", "", [("get_weather", PARIS)]),
+    ("harmony", "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary "
+     'to=functions.get_weather <|constrain|>json<|message|>{"city": "Paris", "days": 3, "exact": true}', "Hm.", "",
+     [("get_weather", PARIS)]),
     ("harmony", " to=functions.clock<|channel|>commentary json<|message|>{}", "", "", [("clock", {})]),
-    ("harmony", "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant<|channel|>commentary to=functions.clock"
-     "<|message|>{}<|end|><|start|>assistant<|channel|>final<|message|>Done.", "", "I look.\n\nDone.", [("clock", {})]),
+    ("harmony", "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant<|channel|>commentary "
+     "to=functions.clock<|message|>{}<|end|><|start|>assistant<|channel|>final<|message|>Done.", "",
+     "I look.\n\nDone.", [("clock", {})]),
 ]
 
 

@@ -24,7 +24,8 @@ MAX_KEYS = 1024
 @click.option("--insecure-no-key", is_flag=True, help="Let anyone who reaches ADDRESS use the model.")
 @click.option("--served-model-name", metavar="NAME", help="What clients call it.  [default: MODEL]")
 @click.option("--max-num-seqs", type=int, metavar="N", help="Requests that run in one step.")
-@click.option("--max-num-batched-tokens", type=int, metavar="N", help="Tokens of one step; longer prompts take several.")
+@click.option("--max-num-batched-tokens", type=int, metavar="N", help="Tokens of one step; longer prompts take "
+              "several.")
 @click.option("--max-queue", type=click.IntRange(1, 1 << 20), default=1024, show_default=True, metavar="N",
               help="Requests that may wait; more get 429.")
 @click.option("--kv-tokens", type=click.IntRange(1), metavar="TOKENS", help="Tokens that all requests together may "
@@ -38,7 +39,8 @@ MAX_KEYS = 1024
 def command(model: str, host: str, port: int, keys: tuple[str, ...], api_key_file: Path | None, insecure_no_key: bool,
             served_model_name: str | None, max_queue: int, kv_tokens: int | None, no_prefix_caching: bool,
             drain_seconds: float, **given: Any) -> None:
-    """Answer HTTP requests as OpenAI's API does, for MODEL; a chat page is at /, the API's description at /openapi.json.
+    """Answer HTTP requests as OpenAI's API does, for MODEL; a chat page is at /, the API's description at
+    /openapi.json.
 
     Requests share the model's steps. SIGTERM and Ctrl-C let what runs come to its end. The log, JSON lines, goes to
     stderr.
@@ -49,8 +51,8 @@ def command(model: str, host: str, port: int, keys: tuple[str, ...], api_key_fil
     check_keys(found)
     local = is_loopback(host)
     if not (local or found or insecure_no_key):
-        raise Fp4rtError("request", f"--host {host} can be reached by others: give --api-key-file, or --insecure-no-key if "
-                                    "anyone may use the model")
+        raise Fp4rtError("request", f"--host {host} can be reached by others: give --api-key-file, or "
+                                    "--insecure-no-key if anyone may use the model")
     import fp4rt
 
     sock = bind(host, port)
@@ -80,7 +82,8 @@ def read_keys(file: Path) -> list[str]:
     try:
         found = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise Fp4rtError("request", f"{file}: cannot be read as keys ({getattr(error, 'strerror', None) or error})") from None
+        reason = getattr(error, "strerror", None) or error
+        raise Fp4rtError("request", f"{file}: cannot be read as keys ({reason})") from None
     if not found or len(found) > MAX_KEYS:
         raise Fp4rtError("request", f"{file}: holds {len(found)} keys; 1 to {MAX_KEYS} are expected, one per line")
     return found

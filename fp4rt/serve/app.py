@@ -16,8 +16,9 @@ from fp4rt.serve import others
 from fp4rt.serve.chat import chat_completions
 from fp4rt.serve.completions import completions
 from fp4rt.serve.front import OPEN, Front, Keys
-from fp4rt.serve.protocol import (ChatChunk, ChatCompletion, ChatRequest, Completion, CompletionRequest, DetokenizeRequest,
-                                  DetokenizeResponse, Error, Health, Model, Models, TokenizeRequest, TokenizeResponse)
+from fp4rt.serve.protocol import (ChatChunk, ChatCompletion, ChatRequest, Completion, CompletionRequest,
+                                  DetokenizeRequest, DetokenizeResponse, Error, Health, Model, Models, TokenizeRequest,
+                                  TokenizeResponse)
 from fp4rt.serve.service import Service
 
 
@@ -35,9 +36,10 @@ class Endpoint:
 
 
 ENDPOINTS = [
-    Endpoint("POST", "/v1/chat/completions", chat_completions, "The reply to a conversation", ChatRequest, ChatCompletion,
-             ChatChunk),
-    Endpoint("POST", "/v1/completions", completions, "Texts or token ids continued", CompletionRequest, Completion, Completion),
+    Endpoint("POST", "/v1/chat/completions", chat_completions, "The reply to a conversation", ChatRequest,
+             ChatCompletion, ChatChunk),
+    Endpoint("POST", "/v1/completions", completions, "Texts or token ids continued", CompletionRequest, Completion,
+             Completion),
     Endpoint("GET", "/v1/models", others.models, "The model that is served", None, Models),
     Endpoint("GET", "/v1/models/{model:path}", others.model, "A model by its name", None, Model),
     Endpoint("POST", "/tokenize", others.tokenize, "The token ids of a text or a conversation", TokenizeRequest,
@@ -58,8 +60,8 @@ ERRORS = {401: "No valid API key", 404: "No such path or model", 405: "Another m
 def make_openapi(keys: bool) -> bytes:
     """OpenAPI 3.1, made from the structs that bodies are decoded to and encoded from."""
     reference = "#/components/schemas/{name}"
-    types = {kind for one in ENDPOINTS for kind in (one.takes, one.gives, one.streams) if isinstance(kind, type)} | {Error}
-    ordered = sorted(types, key=lambda kind: kind.__name__)
+    named = {kind for one in ENDPOINTS for kind in (one.takes, one.gives, one.streams) if isinstance(kind, type)}
+    ordered = sorted(named | {Error}, key=lambda kind: kind.__name__)
     schemas, components = msgspec.json.schema_components(ordered, ref_template=reference)
     schema_of = dict(zip(ordered, schemas))
     problem = {"application/json": {"schema": schema_of[Error]}}
@@ -72,16 +74,19 @@ def make_openapi(keys: bool) -> bytes:
             body = {one.gives: {"schema": {"type": "object"}}}
         if one.streams:
             body["text/event-stream"] = {"schema": {
-                "type": "string", "description": f"With stream: true. Each event's data is a {one.streams.__name__}; the last "
-                                                 "is [DONE], or an Error where the reply breaks off."}}
+                "type": "string", "description": f"With stream: true. Each event's data is a {one.streams.__name__}; "
+                                                 "the last is [DONE], or an Error where the reply breaks off."}}
         responses = {"200": {"description": "As asked", "content": body}}
-        for status, text in ({400: "The request is wrong; param names the field"} if one.takes else {}).items() | ERRORS.items():
+        for status, text in ERRORS.items():
             responses[str(status)] = {"description": text, "content": problem}
-            if status in (429, 503):
-                responses[str(status)]["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds"}}
-        operation: dict[str, Any] = {"summary": one.summary, "operationId": one.handler.__name__, "responses": responses}
+        for status in ("429", "503"):
+            responses[status]["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds"}}
+        operation: dict[str, Any] = {"summary": one.summary, "operationId": one.handler.__name__,
+                                     "responses": responses}
         if one.takes:
-            operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema_of[one.takes]}}}
+            responses["400"] = {"description": "The request is wrong; param names the field", "content": problem}
+            operation["requestBody"] = {"required": True,
+                                        "content": {"application/json": {"schema": schema_of[one.takes]}}}
         if "{model}" in path:
             operation["parameters"] = [{"name": "model", "in": "path", "required": True,
                                         "schema": {"type": "string", "minLength": 1}}]
@@ -96,7 +101,8 @@ def make_openapi(keys: bool) -> bytes:
     return msgspec.json.encode(document)
 
 
-def make_app(llm: fp4rt.AsyncLLM, name: str, keys: Sequence[str] = (), own_hosts: bool = False) -> tuple[Front, Service]:
+def make_app(llm: fp4rt.AsyncLLM, name: str, keys: Sequence[str] = (),
+             own_hosts: bool = False) -> tuple[Front, Service]:
     """The ASGI application for a model, and what it shares. own_hosts: answer for loopback names only."""
     service = Service(llm, name, make_openapi(bool(keys)))
     router = Router([Route(one.path, one.handler, methods=[one.method]) for one in ENDPOINTS], redirect_slashes=False)

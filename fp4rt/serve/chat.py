@@ -21,8 +21,8 @@ from fp4rt.errors import Fp4rtError
 from fp4rt.serve.completions import token_text, usage_of
 from fp4rt.serve.errors import ApiError
 from fp4rt.serve.protocol import (ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion, ChatLogprobs, ChatRequest,
-                                  JsonObjectFormat, JsonSchemaFormat, Message, Reply, ReplyDelta, ReplyFunction, ReplyTool,
-                                  ReplyToolDelta, TokenLogprob, ToolChoice, ToolDefinition, TopLogprob)
+                                  JsonObjectFormat, JsonSchemaFormat, Message, Reply, ReplyDelta, ReplyFunction,
+                                  ReplyTool, ReplyToolDelta, TokenLogprob, ToolChoice, ToolDefinition, TopLogprob)
 from fp4rt.serve.service import Call, Service, make_id, make_sampling, read_body, together
 from fp4rt.serve.stream import Emit, EventStream
 from fp4rt.text import Splitter, Text, Tool, ToolCall, ToolFormat, ToolSplitter
@@ -48,7 +48,8 @@ def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
                 one[name] = getattr(message, name)
         if message.tool_calls:
             one["tool_calls"] = [{"id": call.id, "type": "function", "function": {
-                "name": call.function.name, "arguments": _arguments(call.function.arguments, f"messages[{i}].tool_calls[{j}]")}}
+                "name": call.function.name,
+                "arguments": _arguments(call.function.arguments, f"messages[{i}].tool_calls[{j}]")}}
                 for j, call in enumerate(message.tool_calls)]
         plain.append(one)
     return plain
@@ -100,11 +101,12 @@ def make_prompt(service: Service, given: ChatRequest) -> Prompt:
         think = False
     elif given.reasoning_effort is not None:
         if "reasoning_effort" not in text.template.interest(bool(tools)).variables:
-            raise ApiError(400, "this model's chat template has no reasoning_effort; chat_template_kwargs sets what it has",
-                           "reasoning_effort")
+            raise ApiError(400, "this model's chat template has no reasoning_effort; chat_template_kwargs sets what it "
+                                "has", "reasoning_effort")
         arguments["reasoning_effort"] = given.reasoning_effort
     try:
-        ids = text.encode_chat(plain_messages(given.messages), tools=plain_tools(tools) or None, think=think, **arguments)
+        ids = text.encode_chat(plain_messages(given.messages), tools=plain_tools(tools) or None, think=think,
+                               **arguments)
     except Fp4rtError as error:
         named = "reasoning_effort" if think is not None and "think" in str(error) else "messages"
         raise error if error.kind != "request" or error.param else Fp4rtError("request", str(error), named) from None
@@ -207,7 +209,8 @@ async def chat_completions(request: HttpRequest) -> Response:
             made = service.llm.submit(
                 prompt.ids, sampling, request_id=request.state.id, cache_salt=given.cache_salt or "", index=index,
                 logprobs=(given.top_logprobs or 0) if given.logprobs else None, grammar=grammar, splitter=splitter)
-            choices.append(Choice(service, index, made, splitter, bool(given.logprobs), given.parallel_tool_calls is False))
+            choices.append(Choice(service, index, made, splitter, bool(given.logprobs),
+                                  one_call=given.parallel_tool_calls is False))
         named = dict(id=make_id("chatcmpl"), created=int(time.time()), model=service.name)
         if given.stream:
             usage = bool(given.stream_options and given.stream_options.include_usage)

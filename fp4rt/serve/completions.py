@@ -95,11 +95,12 @@ async def completions(request: HttpRequest) -> Response:
         raise ApiError(400, f"best_of is {given.best_of}; only n itself is taken", "best_of")
     if len(prompts) * n > MAX_CHOICES:
         raise ApiError(400, f"{len(prompts)} prompts times n={n} is more than {MAX_CHOICES} replies", "prompt")
-    tokenized = await service.prepare(lambda: [service.text.encode(one) if isinstance(one, str) else one for one in prompts])
+    tokenized = await service.prepare(
+        lambda: [service.text.encode(one) if isinstance(one, str) else one for one in prompts])
     for ids in tokenized:
         service.check_length(len(ids), given.max_tokens)
     drop = given.max_tokens == 0  # the engine makes one token at least; it is not shown
-    sampling = make_sampling(given, max(1, given.max_tokens) if given.max_tokens is not None else None, service.vocab_size)
+    sampling = make_sampling(given, 1 if drop else given.max_tokens, service.vocab_size)
     choices: list[Choice] = []
 
     def release() -> None:

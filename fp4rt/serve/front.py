@@ -116,8 +116,8 @@ class Front:
         if self._own_hosts:
             host = re.sub(r":\d*$", "", headers.get(b"host", b"").decode("latin-1")).lower()
             if host not in LOOPBACK:
-                raise ApiError(421, f"this server answers for localhost only, not for {host[:100]!r}; start it with an API "
-                                    "key to use other names")
+                raise ApiError(421, f"this server answers for localhost only, not for {host[:100]!r}; start it with an "
+                                    "API key to use other names")
         if path in OPEN:
             return
         if self._keys and not self._keys.allow(headers.get(b"authorization", b"")):
@@ -129,7 +129,8 @@ class Front:
     @staticmethod
     def _log_failure(request_id: str, error: Exception) -> None:
         """Where it happened and what kind; an error of our own also in words, others' words may hold a prompt."""
-        where = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)[-6:]]
+        frames = traceback.extract_tb(error.__traceback__)[-6:]
+        where = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames]
         words = {"message": str(error)} if isinstance(error, (ApiError, Fp4rtError)) else {}
         event(logging.ERROR, "failure", request_id=request_id, error=type(error).__name__, where=where, **words)
 

@@ -40,7 +40,7 @@ class Grammar:
         self._words = np.zeros(-(-vocab_size // 32), np.uint32)
 
     def mask(self, words: np.ndarray) -> None:
-        """Set bit i % 32 of words[i // 32], uint32 [ceil(V / 32)], for every id that may come next; clear the others."""
+        """Set bit i % 32 of words[i // 32], uint32 [ceil(V / 32)], for every id that may come next; clear the rest."""
         self._matcher.unsafe_compute_mask_ptr(self._words.ctypes.data, self._words.nbytes)
         self._check()
         words[:] = self._words[:len(words)]
@@ -79,12 +79,17 @@ class Grammars:
 
     def of_schema(self, schema: dict[str, Any], splitter: Splitter | None, name: str) -> Grammar:
         """JSON by a schema, after what the splitter says of reasoning. `name`: the request's field, for errors."""
-        return self._make(lambda: f"start: {self._thought(splitter)} {self._final(splitter)} body\nbody: {_json(schema)}\n",
-                          splitter, name)
+        def write() -> str:
+            return f"start: {self._thought(splitter)} {self._final(splitter)} body\nbody: {_json(schema)}\n"
+
+        return self._make(write, splitter, name)
 
     def of_tools(self, tools: Sequence[Tool], format: ToolFormat, several: bool, splitter: Splitter | None) -> Grammar:
         """One call of one of the tools, or `several`, in the checkpoint's form."""
-        return self._make(lambda: Calls(format, self.added).write(tools, self._thought(splitter), several), splitter, "tools")
+        def write() -> str:
+            return Calls(format, self.added).write(tools, self._thought(splitter), several)
+
+        return self._make(write, splitter, "tools")
 
     def _make(self, write: Callable[[], str], splitter: Splitter | None, name: str) -> Grammar:
         try:
@@ -126,8 +131,8 @@ class Grammars:
             start, channel, message, end = (mark(self.added, tag) for tag in Harmony.TAGS)
             return f'({channel} "analysis" {message} TEXT {end} {start} "assistant")*'
         if isinstance(splitter, Tagged):
-            closed = f"TEXT {mark(self.added, splitter.closing.spelling)}" if self._is_token(splitter.closing) else "thought"
-            opening = mark(self.added, splitter.opening.spelling)
+            opening, closing = (mark(self.added, tag.spelling) for tag in (splitter.opening, splitter.closing))
+            closed = f"TEXT {closing}" if self._is_token(splitter.closing) else "thought"
             return f"{closed} WS?" if splitter.thinking else f"({opening} {closed} WS?)?"
         return ""
 
@@ -198,7 +203,8 @@ class Calls:
                               f'"json")? {tag("<|message|>")} {self._rule(_json(schema))}')
         opening, closing = (spelling and tag(spelling) for spelling in FORMS[form])
         if form == "xml":
-            return self._rule(f'{opening} "\\n<function=" {quoted} ">\\n" {self._xml(schema)} "</function>\\n" {closing}')
+            return self._rule(f'{opening} "\\n<function=" {quoted} ">\\n" {self._xml(schema)} '
+                              f'"</function>\\n" {closing}')
         if form == "gemma":
             return self._rule(f'{opening} "call:" {quoted} {self._gemma(schema)} {closing}')
         arguments = self._rule(_json(schema))
@@ -236,7 +242,8 @@ class Calls:
                 item = self._gemma(schema.get("items"))
                 return self._rule(f'"[" ({item} ("," {item})*)? "]"')
             case "object" if _properties(schema):
-                pairs = {key: f"{json.dumps(key + ':')} {self._gemma(value)}" for key, value in _properties(schema).items()}
+                pairs = {key: f"{json.dumps(key + ':')} {self._gemma(value)}"
+                         for key, value in _properties(schema).items()}
                 needed = [key for key in pairs if key in _required(schema)]
                 if not needed:
                     pair = self._rule(" | ".join(pairs.values()))
@@ -246,8 +253,8 @@ class Calls:
                 return self._rule(f'"{{" {first} {rest} "}}"')
         if not any(rule.startswith("gemma_any:") for rule in self._rules):
             self._rules += [
-                f'gemma_any: {quote} {GEMMA_TEXT} {quote} | {GEMMA_NUMBER} | "true" | "false" | "null" | gemma_object | '
-                '"[" (gemma_any ("," gemma_any)*)? "]"',
+                f'gemma_any: {quote} {GEMMA_TEXT} {quote} | {GEMMA_NUMBER} | "true" | "false" | "null" | '
+                'gemma_object | "[" (gemma_any ("," gemma_any)*)? "]"',
                 'gemma_object: "{" (gemma_pair ("," gemma_pair)*)? "}"',
                 'gemma_pair: /[a-zA-Z_][\\w]{0,63}/ ":" gemma_any']
         return "gemma_object" if schema.get("type") == "object" else "gemma_any"

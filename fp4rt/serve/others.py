@@ -88,8 +88,9 @@ async def tokenize(request: Request) -> Response:
         raise ApiError(400, "give either prompt or messages", "prompt")
     only_chat = given.add_generation_prompt is not None or given.tools or given.chat_template_kwargs
     if given.messages is None and only_chat or given.messages is not None and given.add_special_tokens is not None:
-        raise ApiError(400, "add_special_tokens goes with prompt; tools, add_generation_prompt and chat_template_kwargs go "
-                            "with messages", "add_special_tokens" if given.messages else "add_generation_prompt")
+        raise ApiError(400, "add_special_tokens goes with prompt; tools, add_generation_prompt and "
+                            "chat_template_kwargs go with messages",
+                       "add_special_tokens" if given.messages else "add_generation_prompt")
 
     def encode() -> list[int]:
         if given.messages is None:

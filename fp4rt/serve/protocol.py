@@ -203,8 +203,8 @@ class ChatRequest(Sampled, kw_only=True):
     parallel_tool_calls: bool | None = None
     response_format: TextFormat | JsonObjectFormat | JsonSchemaFormat | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
-    chat_template_kwargs: Annotated[Object | None, Meta(description="More variables for the model's chat template, such "
-                                                                    "as enable_thinking.")] = None
+    chat_template_kwargs: Annotated[Object | None, Meta(
+        description="More variables for the model's chat template, such as enable_thinking.")] = None
     modalities: list[Literal["text"]] | None = None
     metadata: Annotated[Object | None, Meta(description="Taken and not used.")] = None
     service_tier: Annotated[Label | None, Meta(description="Taken and not used.")] = None

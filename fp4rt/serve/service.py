@@ -135,7 +135,8 @@ async def read_body(request: HttpRequest, kind: type[T]) -> T:
     try:
         body = await asyncio.wait_for(_read(request), BODY_SECONDS)
     except asyncio.TimeoutError:
-        raise ApiError(408, f"the body did not arrive within {BODY_SECONDS} s", headers={"connection": "close"}) from None
+        raise ApiError(408, f"the body did not arrive within {BODY_SECONDS} s",
+                       headers={"connection": "close"}) from None
     try:
         return msgspec.json.decode(body, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -165,7 +166,8 @@ def make_sampling(given: Sampled, max_tokens: int | None, vocab_size: int) -> fp
     for key, value in (given.logit_bias or {}).items():
         token = int(key) if key.isdecimal() and len(key) < 12 else -1
         if not 0 <= token < vocab_size:
-            raise ApiError(400, f"logit_bias: {key[:20]!r} is no token id; these are 0 to {vocab_size - 1}", "logit_bias")
+            raise ApiError(400, f"logit_bias: {key[:20]!r} is no token id; these are 0 to {vocab_size - 1}",
+                           "logit_bias")
         bias[token] = value
     return fp4rt.Sampling(
         max_tokens=max_tokens, temperature=given.temperature,

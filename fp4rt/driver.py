@@ -28,6 +28,14 @@ def driver_answers() -> bool:
             and count.value > 0)
 
 
+def device_memory() -> int:
+    """Bytes of the first GPU; 0 without one."""
+    driver, device, size = driver_library(), ctypes.c_int(), ctypes.c_size_t()
+    if driver_answers() and driver.cuDeviceGet(ctypes.byref(device), 0) == 0:
+        driver.cuDeviceTotalMem_v2(ctypes.byref(size), device)
+    return size.value
+
+
 def cuda_version() -> int:
     """The newest CUDA that the driver knows, 1000 * major + 10 * minor; 0 without one."""
     driver, version = driver_library(), ctypes.c_int()

@@ -452,6 +452,8 @@ def test_refusals_of_the_command(tmp_path):
     empty.write_text("\n")
     assert "0 keys" in error("--api-key-file", str(empty))
     assert "printable" in error("--api-key", "a b")
+    assert "give one" in error("--gpu-memory-utilization", "0.5", "--gpu-memory", "1GiB")
+    assert "needs a GPU" in error("--gpu-memory-utilization", "0.5", "--device", "cpu")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "cannot listen" in error("--port", str(taken.getsockname()[1]))
 

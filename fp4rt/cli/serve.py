@@ -30,6 +30,8 @@ MAX_KEYS = 1024
               help="Requests that may wait; more get 429.")
 @click.option("--kv-tokens", type=click.IntRange(1), metavar="TOKENS", help="Tokens that all requests together may "
               "remember.  [default: what memory allows]")
+@click.option("--gpu-memory-utilization", "share", type=click.FloatRange(0.01, 1), metavar="X",
+              help="Take no more than this share of the GPU's memory; --gpu-memory says it in bytes.")
 @click.option("--no-prefix-caching", is_flag=True, help="Compute every prompt from its beginning.")
 @click.option("--speculate", type=click.IntRange(0, 32), default=0, metavar="N",
               help="Guess N tokens at once where the text repeats itself; the answer stays the same.")
@@ -37,8 +39,8 @@ MAX_KEYS = 1024
               help="After SIGTERM, how long running requests may go on.")
 @options(LOAD_OPTIONS, QUALITY_OPTIONS)
 def command(model: str, host: str, port: int, keys: tuple[str, ...], api_key_file: Path | None, insecure_no_key: bool,
-            served_model_name: str | None, max_queue: int, kv_tokens: int | None, no_prefix_caching: bool,
-            drain_seconds: float, **given: Any) -> None:
+            served_model_name: str | None, max_queue: int, kv_tokens: int | None, share: float | None,
+            no_prefix_caching: bool, drain_seconds: float, **given: Any) -> None:
     """Answer HTTP requests as OpenAI's API does, for MODEL; a chat page is at /, the API's description at
     /openapi.json.
 
@@ -53,6 +55,8 @@ def command(model: str, host: str, port: int, keys: tuple[str, ...], api_key_fil
     if not (local or found or insecure_no_key):
         raise Fp4rtError("request", f"--host {host} can be reached by others: give --api-key-file, or "
                                     "--insecure-no-key if anyone may use the model")
+    if share is not None:
+        given["gpu_memory"] = share_of_memory(share, given)
     import fp4rt
 
     sock = bind(host, port)
@@ -67,6 +71,18 @@ def command(model: str, host: str, port: int, keys: tuple[str, ...], api_key_fil
                    ready=lambda: click.echo(f"listening on http://{shown}:{number}", err=True)).run([sock])
         finally:
             service.close()
+
+
+def share_of_memory(share: float, given: dict[str, Any]) -> int:
+    """A share of the GPU's memory in bytes. Raises Fp4rtError where there is no GPU, or the limit is given twice."""
+    from fp4rt.driver import device_memory
+
+    if given["gpu_memory"] is not None:
+        raise Fp4rtError("request", "--gpu-memory and --gpu-memory-utilization say the same thing: give one")
+    total = device_memory() if given["device"] in ("auto", "cuda") else 0
+    if not total:
+        raise Fp4rtError("request", "--gpu-memory-utilization needs a GPU; --kv-tokens limits what a CPU remembers")
+    return int(share * total)
 
 
 def is_loopback(host: str) -> bool:

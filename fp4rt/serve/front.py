@@ -96,11 +96,17 @@ class Front:
 
         try:
             self._admit(scope["path"], headers)
-            await self._app(scope, receive, answer)
+            self._service.admitted += 1
+            try:
+                await self._app(scope, receive, answer)
+            finally:
+                self._service.admitted -= 1
         except Disconnected:
             status = status or 499  # nginx's number for a client that has gone
         except Exception as error:
             known = understood(error)
+            if known is not None and known.code == "overloaded" and self._service.draining:
+                known = shutting_down()  # 503: not the queue is full, the engine takes nothing more
             if known is None or known.status >= 500 and not self._service.draining:
                 self._log_failure(name.decode(), error)
             if status == 0:

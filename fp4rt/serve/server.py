@@ -8,6 +8,7 @@ import logging
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import h11
@@ -151,15 +152,12 @@ class Server(uvicorn.Server):
             self._service.cut()
 
     async def _end(self) -> None:
-        service = self._service
+        service, deadline = self._service, time.monotonic() + self._drain_seconds
         service.draining = True
-        event(logging.INFO, "draining", calls=len(service.busy), seconds=self._drain_seconds)
-        whole = await service.llm.drain(self._drain_seconds)
-        if whole:  # the engine is done; its last words are on their way to the clients
-            for _ in range(FLUSH_SECONDS * 50):
-                if not service.busy:
-                    break
-                await asyncio.sleep(0.02)
-        event(logging.INFO, "ending", calls_cut=len(service.busy))
+        event(logging.INFO, "draining", requests=service.admitted, seconds=self._drain_seconds)
+        while service.admitted and time.monotonic() < deadline:  # what is still being read or rendered may run too
+            await asyncio.sleep(0.02)
+        event(logging.INFO, "ending", cut=service.admitted)
+        await service.llm.drain(0)
         service.cut()
         self.should_exit = True

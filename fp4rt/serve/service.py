@@ -32,7 +32,10 @@ class Disconnected(Exception):
 
 
 class Service:
-    """A model as it is served. name: what clients call it; busy: calls that are being answered."""
+    """A model as it is served.
+
+    name: what clients call it. admitted: HTTP requests on their way. busy: those of them that are being generated.
+    """
 
     def __init__(self, llm: fp4rt.AsyncLLM, name: str, openapi: bytes):
         self.llm, self.name, self.openapi = llm, name, openapi
@@ -43,6 +46,7 @@ class Service:
         self.metrics = Metrics(llm, name)
         self.grammars = Grammars(self.text, self.vocab_size)
         self.draining = False
+        self.admitted = 0
         self.busy: set[Call] = set()
         self._threads = ThreadPoolExecutor(THREADS, "fp4rt-serve")
         self._preparing = 0

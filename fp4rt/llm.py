@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from fp4rt.batch import PAGE_TOKENS
 from fp4rt.checkpoint import Checkpoint, read_json
 from fp4rt.engine import Engine, Sequence
 from fp4rt.errors import Fp4rtError
@@ -139,9 +140,11 @@ class LLM:
         self._text: Text | None = None
         self._lock, self._owner = threading.Lock(), None
         cache = engine.cache
+        room = f"{context} tokens" if cache.tokens < context + PAGE_TOKENS else (
+            f"{cache.tokens} tokens, {context} of one sequence at most")
         self.report = [
             f"{checkpoint.path.name}: {checkpoint.config['model_type']} on {ops.device}", *loader.report(),
-            f"weights {self.weight_bytes / 1e6:.1f} MB, K/V {cache.nbytes / 1e6:.1f} MB for {context} tokens, "
+            f"weights {self.weight_bytes / 1e6:.1f} MB, K/V {cache.nbytes / 1e6:.1f} MB for {room}, "
             f"workspace {workspace / 1e6:.1f} MB",
             *([ops.notice] if ops.notice else [])]
 

@@ -75,8 +75,8 @@ def make_openapi(keys: bool) -> bytes:
         asked = "As asked"
         if one.streams:
             body["text/event-stream"] = {}
-            asked += (f". With stream: true each event's data is a {one.streams.__name__} in JSON; the last is [DONE], or an "
-                      "Error where the reply breaks off")
+            asked += (f". With stream: true each event's data is a {one.streams.__name__} in JSON; the last is [DONE], or "
+                      "an Error where the reply breaks off")
         responses = {"200": {"description": asked, "content": body}}
         for status, text in ERRORS.items():
             responses[str(status)] = {"description": text, "content": problem}

@@ -210,7 +210,7 @@ async def terminate(options: list[str], clients: int, times: int) -> None:
     rng = random.Random(1)
     ended: dict[str, int] = {}
     for number in range(times):
-        async with Program([*options, "--drain-seconds", str(rng.choice([0, 0.2, 20]))]) as server:
+        async with Program([*options, "--drain-seconds", str((0, 0.2, 20)[number % 3])]) as server:
             async def ask(i: int, server: Program = server) -> Reply:
                 await asyncio.sleep(i / clients / 10)
                 try:

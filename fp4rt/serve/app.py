@@ -72,11 +72,12 @@ def make_openapi(keys: bool) -> bytes:
             {"application/json": {"schema": schema_of[one.gives]}}
         if one.gives == "application/json":
             body = {one.gives: {"schema": {"type": "object"}}}
+        asked = "As asked"
         if one.streams:
-            body["text/event-stream"] = {"schema": {
-                "type": "string", "description": f"With stream: true. Each event's data is a {one.streams.__name__}; "
-                                                 "the last is [DONE], or an Error where the reply breaks off."}}
-        responses = {"200": {"description": "As asked", "content": body}}
+            body["text/event-stream"] = {}
+            asked += (f". With stream: true each event's data is a {one.streams.__name__} in JSON; the last is [DONE], or "
+                      "an Error where the reply breaks off")
+        responses = {"200": {"description": asked, "content": body}}
         for status, text in ERRORS.items():
             responses[str(status)] = {"description": text, "content": problem}
         for status in ("429", "503"):

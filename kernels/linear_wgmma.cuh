@@ -10,6 +10,10 @@
 // GROUPED: tokens are pairs grouped by expert, in `count` blocks of up to N {expert, first, end}, and x is ordered block
 // by block.
 //
+// A stage is free when the products that follow it are done: a warp executes those as one, with fragments made of what
+// all its lanes had read, so one lane says so for all. (racecheck knows only the lane's own reads; a __syncwarp there
+// would serialise the products.)
+//
 // SPLIT blocks, a cluster, share a tile's columns; each has one tile at least. Their sums are added in order of rank,
 // through shared memory. BLOCKS: how many blocks share an SM.
 //

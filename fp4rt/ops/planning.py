@@ -64,8 +64,8 @@ class PlannedLinear:
 class Buffer:
     """Rows of an activation; its bytes count as held while the handle lives."""
 
-    def __init__(self, ops: PlanningOps, rows: int, columns: int, itemsize: int):
-        self.rows, self.columns = rows, columns
+    def __init__(self, ops: PlanningOps, rows: int, columns: int, itemsize: int, handed_over: bool = False):
+        self.rows, self.columns, self.handed_over = rows, columns, handed_over
         self._ops, self._nbytes = ops, -(-rows * columns * itemsize // 256) * 256
         ops.held += self._nbytes
         ops.peak = max(ops.peak, ops.held)
@@ -80,19 +80,22 @@ class PlanningOps:
     choose: (parts, gated) -> kernel, reason and bytes of the backend in question. page_bytes, state_bytes: of one page
     or slot of a layer.
     activation_bytes: per element between operations; normed_bytes: of the copy that an RMSNorm in front of a linear
-    makes (0: none). free: bytes that may be allocated, None if unknown.
+    makes (0: none); order_bytes: of the copy that a linear makes of an activation that was not handed over to it in
+    whole tiles of 128 columns. free: bytes that may be allocated, None if unknown.
     """
 
     name = "planning"
     lookahead = 0
 
     def __init__(self, device: str = "planning", *, step_tokens: int = 256, activation_bytes: int = 4,
-                 normed_bytes: int = 0, free: int | None = None, choose: Callable[..., Choice] = as_stored,
+                 normed_bytes: int = 0, order_bytes: int = 0, free: int | None = None,
+                 choose: Callable[..., Choice] = as_stored,
                  page_bytes: Callable[[AttentionShape], int] = lambda shape: 0,
                  state_bytes: Callable[[MambaShape], int] = lambda shape: 0):
         self.device, self.step_tokens, self.kv_page_bytes = device, step_tokens, page_bytes
         self.mamba_state_bytes = state_bytes
         self._activation_bytes, self._normed_bytes = activation_bytes, normed_bytes
+        self._order_bytes = order_bytes
         self._free, self._choose = free, choose
         self.held = self.peak = 0
         self.table_bytes = 0
@@ -136,8 +139,10 @@ class PlanningOps:
     def linear(self, x: Buffer, weight: PlannedLinear, *, norm: Any = None, activation: str | None = None,
                residual: Buffer | None = None, then: Any = None) -> Buffer:
         """A residual is added to in place; anything else is a new activation."""
-        normed = Buffer(self, x.rows, x.columns, self._normed_bytes if norm is not None else 0)  # noqa: F841
-        return residual or Buffer(self, x.rows, weight.out_features, self._activation_bytes)
+        in_order = (norm is not None or x.handed_over) and x.columns % 128 == 0
+        copied = (self._normed_bytes if norm is not None else 0) + (0 if in_order else self._order_bytes)
+        copy = Buffer(self, x.rows, x.columns, copied)  # noqa: F841
+        return residual or Buffer(self, x.rows, weight.out_features, self._activation_bytes, then is not None)
 
     def attention(self, qkv: Buffer, batch: Batch, pages: Any, shape: AttentionShape, *, rope: Any,
                   **others: Any) -> Buffer:
@@ -200,12 +205,13 @@ def planning_ops(device: str, arch: str | None, gpu_memory: int | None, determin
             from fp4rt.ops.cuda import CudaOps
         except ImportError:
             raise Fp4rtError("device", "planning for CUDA needs CuPy; pip install 'fp4rt[cuda12]'") from None
-        return _planning_cuda(f"a GPU ({arch or 'any architecture'})", CudaOps.step_tokens, gpu_memory)
+        return _planning_cuda(f"a GPU ({arch or 'any architecture'})", CudaOps.step_tokens, gpu_memory,
+                              arch in (None, "sm_90a") and not deterministic)
     ops = make_ops(device, arch, gpu_memory, deterministic)
     try:
         free = ops.free_memory()
         if device == "cuda":
-            return _planning_cuda(ops.device, ops.step_tokens, free)
+            return _planning_cuda(ops.device, ops.step_tokens, free, ops.gpu.arch == "sm_90a" and not deterministic)
         if device == "cpu":
             from fp4rt.ops.cpu.backend import choose, held_bytes
 
@@ -220,10 +226,11 @@ def planning_ops(device: str, arch: str | None, gpu_memory: int | None, determin
         ops.close()
 
 
-def _planning_cuda(device: str, step_tokens: int, free: int | None) -> PlanningOps:
+def _planning_cuda(device: str, step_tokens: int, free: int | None, orders: bool) -> PlanningOps:
     from fp4rt.ops.cuda.attention import kv_page_bytes
     from fp4rt.ops.cuda.mamba import mamba_state_bytes
     from fp4rt.ops.cuda.plan import plan_linear
 
-    return PlanningOps(device, step_tokens=step_tokens, activation_bytes=2, normed_bytes=2, free=free,
-                       choose=plan_linear, page_bytes=kv_page_bytes, state_bytes=mamba_state_bytes)
+    return PlanningOps(device, step_tokens=step_tokens, activation_bytes=2, normed_bytes=2,
+                       order_bytes=2 if orders else 0, free=free, choose=plan_linear, page_bytes=kv_page_bytes,
+                       state_bytes=mamba_state_bytes)

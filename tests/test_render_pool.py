@@ -1,4 +1,4 @@
-"""The processes that render chat templates: kept, replaced when they hang, swell or die, and gone when their owner is."""
+"""The processes that render chat templates: kept, replaced when they hang, swell or die, gone with their owner."""
 
 import gc
 import os
@@ -256,6 +256,16 @@ signal.pause()
     assert not is_gone(fork)
     owner.communicate("end")  # which the fork reads
     wait_until(lambda: is_gone(fork))
+
+
+def test_an_owner_that_sigpipe_ends_outlives_them():
+    code = OWNER + """
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+os.kill(ours, signal.SIGKILL)
+os.waitid(os.P_PID, ours, os.WEXITED | os.WNOWAIT)
+assert render()
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
 def test_a_fork_starts_its_own_and_leaves_the_others_alone():

@@ -61,7 +61,7 @@ class _Process:
         reply = bytearray()
         try:
             self._socket.settimeout(seconds)
-            self._socket.sendall(self._opening + job)
+            self._socket.sendall(self._opening + job, socket.MSG_NOSIGNAL)  # an owner may let SIGPIPE end it
             self._opening = b""
             while not reply.endswith(b"\n"):
                 self._socket.settimeout(max(deadline - time.monotonic(), 1e-3))
@@ -77,7 +77,7 @@ class _Process:
         return bytes(reply)
 
     def kill(self) -> int:
-        """End the process and wait for it; how it ended, which may have been before. May be called while another thread waits in `ask`, which then raises."""
+        """End the process and wait for it; its return code. A thread that waits in `ask` then raises _Ended."""
         self._child.kill()
         return self._child.wait()
 
@@ -142,7 +142,9 @@ class RenderPool:
 
     def _take(self) -> _Process:
         with self._lock:
-            if self._idle and not self._closed:
+            if self._closed:
+                raise self._is_closed()
+            if self._idle:
                 return self._idle.pop()
         return self._start()
 
@@ -172,7 +174,8 @@ class RenderPool:
             keep = reply.get("kind") != "checkpoint"
             return reply
         except TimeoutError:
-            raise Fp4rtError("checkpoint", f"{self._file}: did not finish within {self._limits.wall_seconds} s") from None
+            raise Fp4rtError("checkpoint", f"{self._file}: did not finish within {self._limits.wall_seconds} "
+                                           "s") from None
         except _Ended:
             code = process.kill()
             if self._closed:

@@ -102,7 +102,8 @@ def reply_to(line, opening, jinja, compiled):
     except SecurityError as error:
         failed = problem("checkpoint", f"the chat template does something forbidden: {error}")
     except MemoryError:
-        failed = problem("checkpoint", f"the chat template needs more than {opening['memory_bytes'] >> 20} MiB of memory")
+        size = f"{opening['memory_bytes'] >> 20} MiB"
+        failed = problem("checkpoint", f"the chat template needs more than {size} of memory")
     except RecursionError:
         failed = problem("checkpoint", "the chat template calls itself without end")
     except TemplateError as error:

@@ -301,6 +301,8 @@ class LLM:
 
     def close(self) -> None:
         """Give all memory back. The LLM cannot be used afterwards; closing twice is fine."""
+        if self._text is not None:
+            self._text.close()
         if self.engine is not None:
             self.engine = None
             self.ops.close()

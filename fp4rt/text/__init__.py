@@ -138,6 +138,11 @@ class Text:
             self._template = find_template(self.path, self._config)
         return self._template
 
+    def close(self) -> None:
+        """End the processes that render the chat template. What is left without it ends with this object."""
+        if self._template is not None:
+            self._template.close()
+
     # -- Files --------------------------------------------------------------------------------------------------
 
     def _read_optional(self, name: str) -> dict[str, Any]:

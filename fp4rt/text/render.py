@@ -1,27 +1,33 @@
-"""The program that renders or examines one chat template: a job as JSON on stdin, a reply as JSON on stdout.
+"""The program that renders or examines a checkpoint's chat templates: JSON lines on stdin, a reply to each on stdout.
 
-It is run by its path (see template.py), so it imports nothing of fp4rt. The Jinja environment is the one that Hugging
-Face transformers gives to templates.
+The first line has no reply: {path: sys.path, templates: {name: text}, cpu_seconds, memory_bytes, max_text}. Those after
+it are jobs: {template: name, variables}, or without variables to examine it. The program ends with its stdin. It is run
+by its path (see pool.py), so it imports nothing of fp4rt. The Jinja environment is the one that Hugging Face
+transformers gives to templates; nothing that a template does there outlives its job.
 """
 
 import datetime
 import json
+import resource
+import signal
 import sys
+import time
 
 
-def limit(cpu_seconds, memory_bytes):
-    """Hold this process to its limits, where the operating system has them."""
-    try:
-        import resource
-    except ImportError:
-        return
+def limit_memory(size):
+    """Hold this process to so many bytes of address space, and leave no core dumps."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    for which, soft, hard in ((resource.RLIMIT_CPU, cpu_seconds, cpu_seconds + 1),  # SIGXCPU, which says why
-                              (resource.RLIMIT_AS, memory_bytes, memory_bytes)):
-        try:
-            resource.setrlimit(which, (soft, hard))
-        except (ValueError, OSError):  # a lower limit is set already
-            pass
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    except (ValueError, OSError):  # a lower limit is set already
+        pass
+
+
+def allow_time(seconds):
+    """Let this process take so much processor time from now, and up to a second more; SIGXCPU then ends it."""
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    soft = int(time.process_time()) + 1 + seconds
+    resource.setrlimit(resource.RLIMIT_CPU, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
 
 
 def environment():
@@ -56,50 +62,71 @@ def problem(kind, message):
     return {"kind": kind, "error": " ".join(message.split())[:500]}
 
 
-def render(job):
-    """{"text"}: the template over the job's variables."""
+def render(template, variables, max_text):
+    """{"text"}: a compiled template over variables."""
     pieces, size = [], 0
-    for piece in environment().from_string(job["template"]).generate(job["variables"]):
+    for piece in template.generate(variables):
         pieces.append(piece)
         size += len(piece)
-        if size > job["max_text"]:
-            return problem("checkpoint", f"the chat template writes more than {job['max_text']} characters")
+        if size > max_text:
+            return problem("checkpoint", f"the chat template writes more than {max_text} characters")
     return {"text": "".join(pieces)}
 
 
-def examine(job):
-    """{"looks_at", "strings"}: variables that the template does not set itself, and the strings in its code."""
+def examine(parsed):
+    """{"looks_at", "strings"}: variables that a template does not set itself, and the strings in its code."""
     from jinja2 import meta, nodes
 
-    parsed = environment().parse(job["template"])
     return {"looks_at": sorted(meta.find_undeclared_variables(parsed)),
             "strings": sorted({node.value for node in parsed.find_all(nodes.Const) if isinstance(node.value, str)})}
 
 
-def reply_to(job):
-    """What `render` (a job with variables) or `examine` gives, else {"error", "kind"}."""
-    sys.path[:] = job["path"]
+def reply_to(line, opening, jinja, compiled):
+    """The line that answers a job's: what `render` or `examine` gives, else {"error", "kind"}."""
     from jinja2 import TemplateError, TemplateSyntaxError
     from jinja2.exceptions import SecurityError
 
+    def work():
+        job = json.loads(line)
+        name = job["template"]
+        if "variables" not in job:
+            return examine(jinja.parse(opening["templates"][name]))
+        if name not in compiled:
+            compiled[name] = jinja.from_string(opening["templates"][name])
+        return render(compiled[name], job["variables"], opening["max_text"])
+
     try:
-        return render(job) if "variables" in job else examine(job)
+        return json.dumps(work())
     except TemplateSyntaxError as error:
-        return problem("checkpoint", f"line {error.lineno} of the chat template is not valid: {error.message}")
+        failed = problem("checkpoint", f"line {error.lineno} of the chat template is not valid: {error.message}")
     except SecurityError as error:
-        return problem("checkpoint", f"the chat template does something forbidden: {error}")
+        failed = problem("checkpoint", f"the chat template does something forbidden: {error}")
     except MemoryError:
-        return problem("checkpoint", f"the chat template needs more than {job['memory_bytes'] >> 20} MiB of memory")
+        size = f"{opening['memory_bytes'] >> 20} MiB"
+        failed = problem("checkpoint", f"the chat template needs more than {size} of memory")
     except RecursionError:
-        return problem("checkpoint", "the chat template calls itself without end")
+        failed = problem("checkpoint", "the chat template calls itself without end")
     except TemplateError as error:
-        return problem("request", f"the chat template refuses these messages: {error}")
+        failed = problem("request", f"the chat template refuses these messages: {error}")
     except Exception as error:
-        return problem("request", f"the chat template fails on these messages: {type(error).__name__}: {error}")
+        failed = problem("request", f"the chat template fails on these messages: {type(error).__name__}: {error}")
+    return json.dumps(failed)
+
+
+def main():
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())    # whatever the thread that started this process has blocked
+    signal.signal(signal.SIGXCPU, signal.SIG_DFL)     # or ignored
+    signal.signal(signal.SIGINT, signal.SIG_IGN)      # a terminal's Ctrl-C is for the program that asks
+    lines, replies = sys.stdin.buffer, sys.stdout
+    opening = json.loads(lines.readline())
+    limit_memory(opening["memory_bytes"])
+    sys.path[:] = opening["path"]
+    jinja, compiled = environment(), {}
+    while line := lines.readline():
+        allow_time(opening["cpu_seconds"])
+        replies.write(reply_to(line, opening, jinja, compiled) + "\n")
+        replies.flush()
 
 
 if __name__ == "__main__":
-    job = json.load(sys.stdin.buffer)
-    limit(job["cpu_seconds"], job["memory_bytes"])
-    reply = reply_to(job)
-    json.dump(reply, sys.stdout)
+    main()

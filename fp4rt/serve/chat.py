@@ -88,6 +88,7 @@ def make_prompt(service: Service, given: ChatRequest) -> Prompt:
     """The conversation of a request. Takes milliseconds: the chat template runs, in a process of its own."""
     text, arguments, think = service.text, dict(given.chat_template_kwargs or {}), None
     tools = given.tools or []
+    service.check_chats()
     if given.tool_choice not in (None, "none") and not tools:
         raise ApiError(400, "tool_choice needs tools", "tool_choice")
     if len({tool.function.name for tool in tools}) < len(tools):

@@ -66,6 +66,10 @@ class Service:
             raise ApiError(404, f"the model {name!r} does not exist; this server has {self.name!r}", "model",
                            "model_not_found")
 
+    def check_chats(self) -> None:
+        if not self.text.has_template:
+            raise ApiError(400, "this model has no chat template; /v1/completions takes a plain prompt", "messages")
+
     def check_length(self, prompt: int, max_tokens: int | None) -> None:
         """Refuse what the context cannot hold, with both numbers."""
         if prompt + 1 > self.max_model_len:

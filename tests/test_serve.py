@@ -310,7 +310,7 @@ def test_what_the_context_cannot_hold(server: Running):
     long = "dog " * 1500
     for path, body in ((TEXT, {"prompt": long}), (CHAT, {"messages": [{"role": "user", "content": long}]})):
         error = server.refused(path, 400, body)
-        assert error["code"] == "context_length_exceeded"
+        assert error["code"] == "context_length_exceeded" and error["param"] == next(iter(body))
         assert "1024" in error["message"] and re.search(r"\b1[5-9]\d\d\b", error["message"])
     error = server.refused(TEXT, 400, {"prompt": "x", "max_tokens": 1024})
     assert error["code"] == "context_length_exceeded" and "1024" in error["message"] and "1026" in error["message"]
@@ -385,6 +385,19 @@ def test_slow_clients_are_let_go(server: Running, monkeypatch: pytest.MonkeyPatc
         assert sock.recv(100).startswith(b"HTTP/1.1 408")
 
 
+def test_a_huge_prompt_holds_up_nobody(server: Running):
+    """Its tokens are counted beside the event loop: others are answered meanwhile."""
+    body = json.dumps({"prompt": "the quick brown dog " * 150_000}).encode()
+    replies: list[tuple] = []
+    thread = threading.Thread(target=lambda: replies.append(server.ask(
+        "POST", TEXT, body, headers={"content-type": "application/json"})))
+    thread.start()
+    answered = 0
+    while thread.is_alive():
+        answered += server.ask("GET", "/health")[0] == 200
+    assert replies[0][0] == 400 and b"context_length_exceeded" in replies[0][2] and answered > 10
+
+
 def test_a_full_queue_says_when_to_come_again():
     with serving("demo", device="cpu", max_model_len=1024, max_num_seqs=1, kv_tokens=2048, max_queue=1) as server:
         socks = [server.begin(TEXT, LONG)]
@@ -393,6 +406,7 @@ def test_a_full_queue_says_when_to_come_again():
         wait_until(lambda: server.llm.stats().waiting == 1)
         status, headers, body = server.ask("POST", TEXT, {"prompt": "x"})
         assert status == 429 and int(headers["retry-after"]) >= 1 and json.loads(body)["error"]["code"] == "overloaded"
+        assert server.llm.stats().finished == {}  # what was never taken was not cancelled
         for sock in socks:
             sock.close()
         idle(server)

@@ -195,7 +195,7 @@ async def chat_completions(request: HttpRequest) -> Response:
     max_tokens = given.max_completion_tokens or given.max_tokens
     sampling = make_sampling(given, max_tokens, service.vocab_size)
     prompt = await service.prepare(partial(make_prompt, service, given))
-    service.check_length(len(prompt.ids), max_tokens)
+    service.check_length(len(prompt.ids), max_tokens, "messages")
     n = given.n or 1
     grammars = await service.prepare(lambda: [make_grammar(service, given, prompt) for _ in range(n)])
     choices: list[Choice] = []

@@ -52,7 +52,8 @@ class Text:
             raise Fp4rtError("request", f"the prompt is a {type(text).__name__}; it must be text")
         try:
             text.encode()
-            return self._tokenizer.encode(text, add_special_tokens=add_special).ids
+            # Of the library's ways only those for batches let Python's other threads run meanwhile.
+            return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special)[0].ids
         except UnicodeEncodeError as error:
             raise Fp4rtError("request", f"the prompt is not valid Unicode text (a lone surrogate at character "
                                         f"{error.start})") from None

@@ -234,6 +234,10 @@ async def _stream(choices: list[Choice], chunk: partial, usage: bool, emit: Emit
         async for delta in choice.service.metrics.watch(choice.request):
             part = choice.take(delta)
             said = part.delta
+            if said.tool_calls and part.finish_reason:  # apart: a client sees by what follows that a call is whole
+                await emit(msgspec.json.encode(chunk(choices=[msgspec.structs.replace(part, finish_reason=None)])))
+                part = ChatChunkChoice(index=part.index, delta=ReplyDelta(), finish_reason=part.finish_reason)
+                said = part.delta
             if said.content or said.reasoning_content or said.tool_calls or part.finish_reason \
                     or part.logprobs and part.logprobs.content:
                 await emit(msgspec.json.encode(chunk(choices=[part])))

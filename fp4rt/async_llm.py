@@ -78,7 +78,11 @@ class _Bell:
         self._woken.append(event)
         if not self._rung:
             self._rung = True
-            self.loop.call_soon_threadsafe(self._answer)
+            try:
+                self.loop.call_soon_threadsafe(self._answer)
+            except RuntimeError:
+                self._rung = False  # so that the next one is told too
+                raise
 
     def _answer(self) -> None:
         self._rung = False  # before, not after: what comes while these are set rings again
@@ -218,10 +222,7 @@ class AsyncLLM:
         the answer must look like. splitter: tells reasoning from the answer. index: of several answers to one prompt.
         Raises Fp4rtError "request" (with .param) or "overload".
         """
-        if self._failure is not None:
-            raise self._failure
-        if self._closing:
-            raise Fp4rtError("overload", "the engine is shutting down")
+        self._check_open()
         if logprobs is not None and not 0 <= logprobs <= MAX_LOGPROBS:
             raise Fp4rtError("request", f"logprobs is {logprobs}; it must be 0 to {MAX_LOGPROBS}", param="logprobs")
         sequence = self.llm.sequence(self.llm.encode(ids), sampling, index)
@@ -232,11 +233,13 @@ class AsyncLLM:
         loop = asyncio.get_running_loop()
         if self._bell is None or self._bell.loop is not loop:
             self._bell = _Bell(loop)
-        request = Request(self, sequence, self.llm.decoder(sequence, splitter), request_id, self._bell)
+        decoder = self.llm.decoder(sequence, splitter)
         with self._work:
+            self._check_open()  # again: the engine's thread ends under this lock, and would answer nobody then
             waiting = len(self._requests) - len(self.llm.engine.scheduler.running)
             if waiting >= self.max_queue:
                 raise Fp4rtError("overload", f"{waiting} requests are waiting already; ask again later")
+            request = Request(self, sequence, decoder, request_id, self._bell)
             self._requests[id(sequence)] = request
             self._prompt_tokens += sequence.prompt_length
             if prompt_logprobs:
@@ -245,6 +248,12 @@ class AsyncLLM:
                 self.llm.engine.submit(sequence)
             self._work.notify()
         return request
+
+    def _check_open(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        if self._closing:
+            raise Fp4rtError("overload", "the engine is shutting down")
 
     def stats(self) -> Stats:
         """What the engine is doing now (any thread)."""
@@ -272,8 +281,9 @@ class AsyncLLM:
 
     def close(self) -> None:
         """End what is running, and give all memory back."""
-        self._closing = True
-        for request in list(self._requests.values()):
+        with self._work:
+            self._closing = True
+        for request in self._present():
             request.cancel()
         self._wake_up()
         self._thread.join()
@@ -338,9 +348,15 @@ class AsyncLLM:
     def _fail(self, error: BaseException) -> None:
         """Nothing can run any more: every request is told why."""
         known = isinstance(error, Fp4rtError)
-        self._failure = error if known else Fp4rtError("device", f"the engine stopped: {type(error).__name__}: {error}")
-        for request in list(self._requests.values()):
+        with self._work:
+            self._failure = error if known else Fp4rtError(
+                "device", f"the engine stopped: {type(error).__name__}: {error}")
+        for request in self._present():
             request.sequence.fail(self._failure)
             self._let_go(request)
+
+    def _present(self) -> list[Request]:
+        """The requests on their way (any thread: the references are copied at once, unlike the values)."""
+        return [request for reference in self._requests.valuerefs() if (request := reference()) is not None]
 
 

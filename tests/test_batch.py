@@ -59,7 +59,7 @@ def test_more_lines_than_are_under_way_at_once(tmp_path: Path, monkeypatch: pyte
 
 def test_a_bad_line_says_why_and_stops_no_other(tmp_path: Path):
     bad = [("{", "line 1: is not JSON"), ("7", "line 2: is 7; it must be an object"),
-           (b"\"\xff\"", "line 3: is not UTF-8"), ({"text": "x"}, "unknown key 'text'"),
+           (b"\"\xff\"", "line 3: is not UTF-8"), ({"text": "x", "id": "t"}, "unknown key 'text'"),
            ({}, "either a prompt or messages"), ({"prompt": "x", "messages": []}, "either a prompt or messages"),
            ({"prompt": 7}, "prompt is 7"),
            ({"prompt": [10**9]}, "1000000000"), ({"prompt": []}, "no tokens"), ({"prompt": [1] * 256}, "256 tokens"),
@@ -71,7 +71,7 @@ def test_a_bad_line_says_why_and_stops_no_other(tmp_path: Path):
     assert len(answers) == len(bad) + 1
     for (line, words), answer in zip(bad, answers):
         assert words in answer["error"], (line, answer)
-    assert answers[10]["id"] == "p" and answers[-1]["finish_reason"] == "length"
+    assert answers[3]["id"] == "t" and answers[10]["id"] == "p" and answers[-1]["finish_reason"] == "length"
     assert result.exit_code == 1 and f"{len(bad)} of {len(bad) + 1} lines went wrong" in result.stderr
 
 

@@ -7,9 +7,11 @@ import contextlib
 import hashlib
 import json
 import re
+import shutil
 import signal
 import socket
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,6 +88,27 @@ def test_echo_and_the_prompts_log_probabilities(server: Running):
         logits = llm.logits(ids)[:-1].astype(np.float64)
     expected = (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[np.arange(len(ids) - 1), ids[1:]]
     assert np.allclose(told["token_logprobs"][1:len(ids)], expected, atol=1e-2)
+
+
+def test_continuations_are_scored_as_lm_eval_does(server: Running):
+    """Ids of several contexts and continuations in one request; token_logprobs[context:-1] is the continuation."""
+    text = server.llm.llm.text
+    pairs = [("The dog", " ran"), ("Q: 2+3?\nA:", " 5 \U0001f642 na\u00efve"), ("", "<|begin_of_text|>Once upon a time"),
+             ("Once upon a time there was a", " b" * 300)]
+    asked = [(len(text.encode(a, add_special=False)) or 1, text.encode(a + b, add_special=False)) for a, b in pairs]
+    choices = server.post(TEXT, model="demo", prompt=[ids for _, ids in asked], max_tokens=1, logprobs=1, echo=True,
+                          seed=1234, **GREEDY)["choices"]
+    with fp4rt.load("demo", device="cpu") as llm:
+        for (context, ids), choice in zip(asked, sorted(choices, key=lambda one: one["index"]), strict=True):
+            told = choice["logprobs"]
+            assert len(told["token_logprobs"]) == len(told["top_logprobs"]) == len(ids) + 1
+            logits = llm.logits(ids)[context - 1:-1].astype(np.float64)
+            expected = (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[np.arange(len(logits)), ids[context:]]
+            assert np.allclose(told["token_logprobs"][context:-1], expected, atol=1e-2)
+            best = [one == max(top.values()) for one, top in zip(told["token_logprobs"][context:-1],
+                                                                 told["top_logprobs"][context:-1])]
+            clear = np.diff(np.partition(logits, -2)[:, -2:])[:, 0] > 0.05  # where rounding decides nothing
+            assert clear.any() and (np.array(best) == (logits.argmax(-1) == ids[context:]))[clear].all()
 
 
 def test_logprobs_in_streams_are_those_of_the_whole(server: Running):
@@ -190,6 +213,9 @@ def test_small_endpoints(server: Running):
     assert "".join(tokens["token_strs"]) == "<|begin_of_text|>Once upon a time"
     assert server.post("/detokenize", tokens=tokens["tokens"])["prompt"] == "<|begin_of_text|>Once upon a time"
     assert server.post("/tokenize", prompt="x", add_special_tokens=False)["count"] == 1
+    told = json.loads(server.ask("GET", "/tokenizer_info")[2])
+    assert told.pop("chat_template") == (Path(fp4rt.__file__).parent / "demo/chat_template.jinja").read_text()
+    assert told == {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "pad_token": None, "unk_token": None}
 
 
 def test_the_page_is_one_file_and_its_policy_lets_it_run(server: Running):
@@ -270,11 +296,21 @@ def test_mistakes_name_their_field(server: Running, path: str, body: dict, param
     assert error["type"] == "invalid_request_error" and error["param"] == param, error
 
 
+def test_a_model_without_a_chat_template(tmp_path: Path):
+    path = tmp_path / "base"
+    shutil.copytree(Path(fp4rt.__file__).with_name("demo"), path, ignore=shutil.ignore_patterns("chat_template*"))
+    with serving(str(path), device="cpu", max_model_len=64) as running:
+        for where in (CHAT, "/tokenize"):
+            assert "no chat template" in running.refused(where, 400, {"messages": HELLO})["message"]
+        assert json.loads(running.ask("GET", "/tokenizer_info")[2])["chat_template"] is None
+        assert running.post(TEXT, prompt="x", max_tokens=1)["usage"]["completion_tokens"] == 1
+
+
 def test_what_the_context_cannot_hold(server: Running):
     long = "dog " * 1500
     for path, body in ((TEXT, {"prompt": long}), (CHAT, {"messages": [{"role": "user", "content": long}]})):
         error = server.refused(path, 400, body)
-        assert error["code"] == "context_length_exceeded"
+        assert error["code"] == "context_length_exceeded" and error["param"] == next(iter(body))
         assert "1024" in error["message"] and re.search(r"\b1[5-9]\d\d\b", error["message"])
     error = server.refused(TEXT, 400, {"prompt": "x", "max_tokens": 1024})
     assert error["code"] == "context_length_exceeded" and "1024" in error["message"] and "1026" in error["message"]
@@ -349,6 +385,19 @@ def test_slow_clients_are_let_go(server: Running, monkeypatch: pytest.MonkeyPatc
         assert sock.recv(100).startswith(b"HTTP/1.1 408")
 
 
+def test_a_huge_prompt_holds_up_nobody(server: Running):
+    """Its tokens are counted beside the event loop: others are answered meanwhile."""
+    body = json.dumps({"prompt": "the quick brown dog " * 150_000}).encode()
+    replies: list[tuple] = []
+    thread = threading.Thread(target=lambda: replies.append(server.ask(
+        "POST", TEXT, body, headers={"content-type": "application/json"})))
+    thread.start()
+    answered = 0
+    while thread.is_alive():
+        answered += server.ask("GET", "/health")[0] == 200
+    assert replies[0][0] == 400 and b"context_length_exceeded" in replies[0][2] and answered > 10
+
+
 def test_a_full_queue_says_when_to_come_again():
     with serving("demo", device="cpu", max_model_len=1024, max_num_seqs=1, kv_tokens=2048, max_queue=1) as server:
         socks = [server.begin(TEXT, LONG)]
@@ -357,6 +406,7 @@ def test_a_full_queue_says_when_to_come_again():
         wait_until(lambda: server.llm.stats().waiting == 1)
         status, headers, body = server.ask("POST", TEXT, {"prompt": "x"})
         assert status == 429 and int(headers["retry-after"]) >= 1 and json.loads(body)["error"]["code"] == "overloaded"
+        assert server.llm.stats().finished == {}  # what was never taken was not cancelled
         for sock in socks:
             sock.close()
         idle(server)

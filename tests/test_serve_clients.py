@@ -125,6 +125,47 @@ def test_structured_output(client, model: str):
     done = client.chat.completions.parse(model=model, messages=[USER], response_format=Pet, temperature=1, seed=1)
     pet = done.choices[0].message.parsed
     assert isinstance(pet, Pet) and 0 <= pet.legs <= 9
+    with client.chat.completions.stream(model=model, messages=[USER], response_format=Pet, temperature=1,
+                                        seed=1) as events:
+        kinds = [one.type for one in events]
+        assert events.get_final_completion().choices[0].message.parsed == pet
+    assert kinds.count("content.done") == 1 and "content.delta" in kinds
+    with pytest.raises(openai.LengthFinishReasonError):
+        client.chat.completions.parse(model=model, messages=[USER], response_format=Pet, max_tokens=2)
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model=model, messages=[USER], response_format={
+            "type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "frog"}}})
+    assert "frog" in caught.value.message and "%json" not in caught.value.message  # what is wrong, not our grammar
+
+
+def test_tools_from_functions(client, model: str):
+    """pydantic_function_tool: strict schemas, arguments parsed, and the events of a streamed call."""
+    from pydantic import BaseModel, Field
+
+    class Order(BaseModel):
+        item: str = Field(max_length=5)
+        count: int = Field(ge=1, le=3)
+
+    asked = dict(model=model, messages=[USER], tools=[openai.pydantic_function_tool(Order)], tool_choice="required",
+                 parallel_tool_calls=False, temperature=1, seed=3)
+    call, = client.chat.completions.parse(**asked).choices[0].message.tool_calls
+    order = call.function.parsed_arguments
+    assert isinstance(order, Order) and 1 <= order.count <= 3
+    with client.chat.completions.stream(**asked) as events:
+        done = [one for one in events if one.type == "tool_calls.function.arguments.done"]
+    assert [(one.name, one.parsed_arguments) for one in done] == [("Order", order)]
+
+
+def test_raw_and_streaming_responses(client, model: str):
+    asked = dict(model=model, messages=[USER], temperature=0, max_tokens=4)
+    raw = client.chat.completions.with_raw_response.create(**asked, extra_headers={"X-Request-Id": "mine-1"})
+    assert raw.headers["x-request-id"] == "mine-1" and raw.parse()._request_id == "mine-1"
+    with client.chat.completions.with_streaming_response.create(**asked) as response:
+        assert response.status_code == 200
+        assert json.loads(response.read())["choices"][0]["message"]["content"] == raw.parse().choices[0].message.content
+    with client.chat.completions.with_streaming_response.create(**asked, stream=True) as response:
+        lines = [line for line in response.iter_lines() if line]
+    assert lines[-1] == "data: [DONE]" and all(line.startswith("data: {") for line in lines[:-1])
 
 
 def test_errors(client, server: Running, model: str):
@@ -137,6 +178,39 @@ def test_errors(client, server: Running, model: str):
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0) as stranger, \
             pytest.raises(openai.AuthenticationError):
         stranger.models.list()
+    for ask in (lambda: client.models.retrieve("other"), lambda: client.embeddings.create(model=model, input="x"),
+                lambda: client.responses.create(model=model, input="x")):
+        with pytest.raises(openai.NotFoundError):
+            ask()
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model=model, messages=[USER], modalities=["text", "audio"])
+    assert caught.value.param == "modalities[1]" and caught.value.type == "invalid_request_error"
+    assert caught.value.request_id
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=0.05).completions.create(model=model, prompt="x", max_tokens=900,
+                                                             extra_body={"ignore_eos": True})
+    wait_until(lambda: server.llm.stats().kv_pages_in_use == 0 and server.llm.stats().running == 0)
+
+
+def test_async_calls_side_by_side(server: Running, model: str):
+    async def run() -> None:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="key", max_retries=0) as client:
+            assert [one.id async for one in client.models.list()] == [model]
+            asked = dict(model=model, messages=[USER], temperature=0, max_tokens=24)
+            whole, stream = await asyncio.gather(client.chat.completions.create(**asked),
+                                                 client.chat.completions.create(**asked, stream=True))
+            said = [one.choices[0].delta.content or "" async for one in stream]
+            assert "".join(said) == whole.choices[0].message.content
+            async with client.chat.completions.stream(**asked) as events:
+                final = await events.get_final_completion()
+            assert final.choices[0].message.content == whole.choices[0].message.content
+            async with client.chat.completions.with_streaming_response.create(**asked) as response:
+                assert (await response.json())["usage"]["completion_tokens"] == whole.usage.completion_tokens
+            replies = await asyncio.gather(*(client.completions.create(
+                model=model, prompt="Once upon a time", max_tokens=1 + i % 5, temperature=0) for i in range(24)))
+            assert [one.usage.completion_tokens for one in replies] == [1 + i % 5 for i in range(24)]
+
+    asyncio.run(run())
 
 
 def test_async_streams_and_cancelling(server: Running, model: str):

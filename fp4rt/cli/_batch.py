@@ -112,6 +112,7 @@ async def answer_line(engine: AsyncLLM, number: int, line: bytes, defaults: Defa
     try:
         asked = parse(line)
         named = {"id": asked["id"]} if "id" in asked else {}
+        check(asked)
         ids, splitter = encode(engine.llm, asked, defaults)
         request = engine.submit(ids, sampling_of(asked, defaults, index), splitter=splitter)
         text, reasoning = [], []
@@ -127,7 +128,7 @@ async def answer_line(engine: AsyncLLM, number: int, line: bytes, defaults: Defa
 
 
 def parse(line: bytes) -> dict[str, Any]:
-    """A line as an object with known keys, or Fp4rtError("request")."""
+    """A line as an object, or Fp4rtError("request")."""
     if len(line) > MAX_LINE_BYTES:
         raise Fp4rtError("request", f"is longer than {MAX_LINE_BYTES >> 20} MiB")
     try:
@@ -140,11 +141,15 @@ def parse(line: bytes) -> dict[str, Any]:
         raise Fp4rtError("request", "is not JSON that can be read: a number too long, or nested too deeply") from None
     if not isinstance(asked, dict):
         raise Fp4rtError("request", f"is {shown(asked)}; it must be an object with a prompt or messages")
+    return asked
+
+
+def check(asked: dict[str, Any]) -> None:
+    """Raise Fp4rtError("request") for unknown keys, or for no prompt."""
     if unknown := asked.keys() - KEYS:
         raise Fp4rtError("request", f"unknown key {shown(min(unknown))}; known are {', '.join(sorted(KEYS))}")
     if ("prompt" in asked) == ("messages" in asked):
         raise Fp4rtError("request", "must have either a prompt or messages")
-    return asked
 
 
 def encode(llm: LLM, asked: dict[str, Any], defaults: Defaults) -> tuple[list[int], Any]:

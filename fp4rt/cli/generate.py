@@ -47,7 +47,7 @@ def command(model: str, prompt: str | None, chat: bool, input_file: str | None, 
     if input_file is not None:
         from fp4rt.cli._batch import Defaults, run
 
-        run(lambda: load(model, quiet=quiet, **given), input_file, output_file,
+        run(lambda: load(model, quiet=quiet, kv_tokens="all", **given), input_file, output_file,
             Defaults(sampling, chat, system, think, arguments), show=sys.stderr.isatty() and not quiet)
         return
     text = read_input() if prompt in (None, "-") else prompt

@@ -18,7 +18,7 @@ from fp4rt.serve.completions import completions
 from fp4rt.serve.front import OPEN, Front, Keys
 from fp4rt.serve.protocol import (ChatChunk, ChatCompletion, ChatRequest, Completion, CompletionRequest,
                                   DetokenizeRequest, DetokenizeResponse, Error, Health, Model, Models, TokenizeRequest,
-                                  TokenizeResponse)
+                                  TokenizerInfo, TokenizeResponse)
 from fp4rt.serve.service import Service
 
 
@@ -45,6 +45,8 @@ ENDPOINTS = [
     Endpoint("POST", "/tokenize", others.tokenize, "The token ids of a text or a conversation", TokenizeRequest,
              TokenizeResponse),
     Endpoint("POST", "/detokenize", others.detokenize, "The text of token ids", DetokenizeRequest, DetokenizeResponse),
+    Endpoint("GET", "/tokenizer_info", others.tokenizer_info, "Special tokens and the chat template", None,
+             TokenizerInfo),
     Endpoint("GET", "/health", others.health, "Whether requests are taken", None, Health),
     Endpoint("GET", "/metrics", others.metrics, "Figures for Prometheus", None, "text/plain"),
     Endpoint("GET", "/openapi.json", others.openapi, "This description"),

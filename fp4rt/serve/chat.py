@@ -88,6 +88,7 @@ def make_prompt(service: Service, given: ChatRequest) -> Prompt:
     """The conversation of a request. Takes milliseconds: the chat template runs, in a process of its own."""
     text, arguments, think = service.text, dict(given.chat_template_kwargs or {}), None
     tools = given.tools or []
+    service.check_chats()
     if given.tool_choice not in (None, "none") and not tools:
         raise ApiError(400, "tool_choice needs tools", "tool_choice")
     if len({tool.function.name for tool in tools}) < len(tools):
@@ -194,7 +195,7 @@ async def chat_completions(request: HttpRequest) -> Response:
     max_tokens = given.max_completion_tokens or given.max_tokens
     sampling = make_sampling(given, max_tokens, service.vocab_size)
     prompt = await service.prepare(partial(make_prompt, service, given))
-    service.check_length(len(prompt.ids), max_tokens)
+    service.check_length(len(prompt.ids), max_tokens, "messages")
     n = given.n or 1
     grammars = await service.prepare(lambda: [make_grammar(service, given, prompt) for _ in range(n)])
     choices: list[Choice] = []
@@ -233,6 +234,10 @@ async def _stream(choices: list[Choice], chunk: partial, usage: bool, emit: Emit
         async for delta in choice.service.metrics.watch(choice.request):
             part = choice.take(delta)
             said = part.delta
+            if said.tool_calls and part.finish_reason:  # apart: a client sees by what follows that a call is whole
+                await emit(msgspec.json.encode(chunk(choices=[msgspec.structs.replace(part, finish_reason=None)])))
+                part = ChatChunkChoice(index=part.index, delta=ReplyDelta(), finish_reason=part.finish_reason)
+                said = part.delta
             if said.content or said.reasoning_content or said.tool_calls or part.finish_reason \
                     or part.logprobs and part.logprobs.content:
                 await emit(msgspec.json.encode(chunk(choices=[part])))

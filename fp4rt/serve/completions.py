@@ -98,7 +98,7 @@ async def completions(request: HttpRequest) -> Response:
     tokenized = await service.prepare(
         lambda: [service.text.encode(one) if isinstance(one, str) else one for one in prompts])
     for ids in tokenized:
-        service.check_length(len(ids), given.max_tokens)
+        service.check_length(len(ids), given.max_tokens, "prompt")
     drop = given.max_tokens == 0  # the engine makes one token at least; it is not shown
     sampling = make_sampling(given, 1 if drop else given.max_tokens, service.vocab_size)
     choices: list[Choice] = []

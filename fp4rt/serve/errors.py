@@ -39,12 +39,12 @@ def shutting_down() -> ApiError:
     return overloaded("the server is shutting down", 503)
 
 
-def too_long(prompt: int, room: int, asked: int | None = None) -> ApiError:
+def too_long(param: str, prompt: int, room: int, asked: int | None = None) -> ApiError:
     """A prompt of `prompt` tokens, or one with `asked` more to generate, where the context holds `room`."""
     wanted = (f"the prompt has {prompt} tokens" if asked is None else
               f"{prompt + asked} tokens are asked for ({prompt} in the prompt, {asked} to generate)")
     return ApiError(400, f"This model's maximum context length is {room} tokens, but {wanted}. Shorten it.",
-                    "messages or prompt", "context_length_exceeded")
+                    param, "context_length_exceeded")
 
 
 def from_fp4rt(error: Fp4rtError) -> ApiError:

@@ -7,6 +7,7 @@ reasons does so first: the thought is part of the grammar, between its tags, and
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -62,7 +63,8 @@ class Grammar:
 
 def failure(name: str, reason: str) -> Fp4rtError:
     """What is wrong with a grammar that came from the field `name`, in one line."""
-    lines = [line.strip() for line in reason.split("<state>")[0].splitlines() if line.strip()]
+    said = re.sub(r"^at \d+\(\d+\): ", "", reason.split("<state>")[0])  # a place in our grammar, not in theirs
+    lines = [line.strip() for line in said.splitlines() if line.strip() and not re.match(r" *\d+ \|| *\^", line)]
     return Fp4rtError("request", f"{name}: {' '.join(lines)[:300] or 'is too complex'}", name)
 
 

@@ -17,8 +17,9 @@ from fp4rt.serve.chat import plain_messages, plain_tools
 from fp4rt.serve.completions import token_text
 from fp4rt.serve.errors import ApiError, shutting_down
 from fp4rt.serve.protocol import (DetokenizeRequest, DetokenizeResponse, Health, Model, Models, TokenizeRequest,
-                                  TokenizeResponse)
+                                  TokenizerInfo, TokenizeResponse)
 from fp4rt.serve.service import Service, read_body
+from fp4rt.text import SPECIAL
 
 PAGE = Path(__file__).with_name("page.html").read_bytes()
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -95,6 +96,7 @@ async def tokenize(request: Request) -> Response:
     def encode() -> list[int]:
         if given.messages is None:
             return service.text.encode(given.prompt, given.add_special_tokens is not False)
+        service.check_chats()
         arguments: dict[str, Any] = given.chat_template_kwargs or {}
         return service.text.encode_chat(plain_messages(given.messages), tools=plain_tools(given.tools or []) or None,
                                         add_generation_prompt=given.add_generation_prompt is not False, **arguments)
@@ -116,3 +118,10 @@ async def detokenize(request: Request) -> Response:
             raise ApiError(400, f"tokens holds {token}; ids are 0 to {service.vocab_size - 1}", "tokens")
     return as_json(DetokenizeResponse(await service.prepare(
         lambda: service.text.decode(given.tokens, skip_special=False))))
+
+
+async def tokenizer_info(request: Request) -> Response:
+    """The tokenizer's special tokens and the chat template."""
+    text = _service(request).text
+    template = text.template.source() if text.has_template else None
+    return as_json(TokenizerInfo(*map(text.special_tokens.get, SPECIAL), chat_template=template))

@@ -1,8 +1,8 @@
 """What is said over HTTP: every request and response as a struct, with its bounds; the OpenAPI file is made from these.
 
 They follow OpenAI's API reference (completions, chat completions, models) and vLLM's additions to it (top_k, min_p,
-repetition_penalty, ignore_eos, cache_salt, chat_template_kwargs, reasoning_content, tokenize, detokenize). A field that
-is not here is refused, so that no option is ever silently ignored.
+repetition_penalty, ignore_eos, cache_salt, chat_template_kwargs, reasoning_content, tokenize, detokenize,
+tokenizer_info). A field that is not here is refused, so that no option is ever silently ignored.
 """
 
 from __future__ import annotations
@@ -324,6 +324,16 @@ class DetokenizeRequest(Request, kw_only=True):
 
 class DetokenizeResponse(Response):
     prompt: str
+
+
+class TokenizerInfo(Response):
+    """What a client needs to count tokens and render conversations with this server's tokenizer, as lm-eval does."""
+
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    chat_template: str | None
 
 
 class Model(Response, kw_only=True):

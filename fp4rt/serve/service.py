@@ -66,12 +66,16 @@ class Service:
             raise ApiError(404, f"the model {name!r} does not exist; this server has {self.name!r}", "model",
                            "model_not_found")
 
-    def check_length(self, prompt: int, max_tokens: int | None) -> None:
-        """Refuse what the context cannot hold, with both numbers."""
+    def check_chats(self) -> None:
+        if not self.text.has_template:
+            raise ApiError(400, "this model has no chat template; /v1/completions takes a plain prompt", "messages")
+
+    def check_length(self, prompt: int, max_tokens: int | None, param: str) -> None:
+        """Refuse what the context cannot hold, with both numbers. param: the field that the prompt came in."""
         if prompt + 1 > self.max_model_len:
-            raise too_long(prompt, self.max_model_len)
+            raise too_long(param, prompt, self.max_model_len)
         if max_tokens is not None and prompt + max_tokens > self.max_model_len:
-            raise too_long(prompt, self.max_model_len, max_tokens)
+            raise too_long(param, prompt, self.max_model_len, max_tokens)
 
     def cut(self) -> None:
         """End every call now: streams with a final error event, others with 503."""

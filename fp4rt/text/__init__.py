@@ -15,8 +15,8 @@ from fp4rt.text.stream import StopStrings, TextStream, TokenBytes
 from fp4rt.text.template import ChatTemplate, find_template
 from fp4rt.text.tools import Tool, ToolCall, ToolFormat, ToolSplitter, find_format
 
-__all__ = ["RESERVED", "Kind", "Piece", "Splitter", "StopStrings", "Text", "TextStream", "Tool", "ToolCall",
-           "ToolFormat", "ToolSplitter"]
+__all__ = ["RESERVED", "SPECIAL", "Kind", "Piece", "Splitter", "StopStrings", "Text", "TextStream", "Tool",
+           "ToolCall", "ToolFormat", "ToolSplitter"]
 
 MAX_TOKENIZER_BYTES = 256 << 20
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -52,7 +52,8 @@ class Text:
             raise Fp4rtError("request", f"the prompt is a {type(text).__name__}; it must be text")
         try:
             text.encode()
-            return self._tokenizer.encode(text, add_special_tokens=add_special).ids
+            # Of the library's ways only those for batches let Python's other threads run meanwhile.
+            return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special)[0].ids
         except UnicodeEncodeError as error:
             raise Fp4rtError("request", f"the prompt is not valid Unicode text (a lone surrogate at character "
                                         f"{error.start})") from None
@@ -107,13 +108,17 @@ class Text:
                                                 "only text is taken, no images or audio")
         if think is not None:
             messages, arguments = switch_thinking(think, self.template.interest(bool(tools)), messages, arguments)
-        special = {name: token for name in SPECIAL if (token := self._special(name)) is not None}
-        return self.template.render({**special, "messages": list(messages), "tools": tools, "documents": None,
-                                     "add_generation_prompt": add_generation_prompt, **arguments})
+        return self.template.render({**self.special_tokens, "messages": list(messages), "tools": tools,
+                                     "documents": None, "add_generation_prompt": add_generation_prompt, **arguments})
 
     def encode_chat(self, messages: Sequence[dict[str, Any]], **arguments: Any) -> list[int]:
         """The ids of `render_chat`, without adding special tokens: the template has written them already."""
         return self.encode(self.render_chat(messages, **arguments), add_special=False)
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """What tokenizer_config.json names of bos_token, eos_token, pad_token and unk_token: {name: spelling}."""
+        return {name: token for name in SPECIAL if (token := self._special(name)) is not None}
 
     def splitter(self, prompt: Sequence[int]) -> Splitter | None:
         """What tells reasoning from answer in the reply to a chat's ids; None where the model marks no thoughts."""
@@ -130,6 +135,11 @@ class Text:
     def prompt_end(self, prompt: Sequence[int]) -> str:
         """The last tokens of a prompt as text, special ones spelled out: enough to see what they have opened."""
         return self.decode(prompt[-PROMPT_TAIL:], skip_special=False)
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the checkpoint brings a chat template; one that is broken counts."""
+        return (self.path / "chat_template.jinja").is_file() or self._config.get("chat_template") is not None
 
     @property
     def template(self) -> ChatTemplate:

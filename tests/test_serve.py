@@ -20,6 +20,8 @@ pytest.importorskip("starlette")
 
 import fp4rt  # noqa: E402
 from fp4rt.serve.app import make_openapi  # noqa: E402
+from fp4rt.serve.service import THREADS  # noqa: E402
+from fp4rt.text import Text  # noqa: E402
 from serving import Running, program, serving, wait_until  # noqa: E402
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -364,6 +366,33 @@ def test_a_client_that_goes_is_not_worked_for(server: Running, stream: bool):
     wait_until(lambda: server.llm.stats().finished.get("cancelled", 0) > before.finished.get("cancelled", 0))
     idle(server)
     assert server.llm.stats().generated_tokens - before.generated_tokens < LONG["max_tokens"]
+
+
+def test_what_waits_for_a_thread_is_dropped_with_its_client(server: Running, monkeypatch: pytest.MonkeyPatch):
+    held, rendered = threading.Event(), []
+    encode_chat = Text.encode_chat
+
+    def slow(text: Text, messages: list, **options) -> list[int]:
+        rendered.append(messages)
+        held.wait(60)
+        return encode_chat(text, messages, **options)
+
+    def gone() -> int:
+        told = server.ask("GET", "/metrics")[2].decode()
+        found = re.search(rf'http_responses_total{{path="{CHAT}",status="499"}} (\d+)', told)
+        return int(found[1]) if found else 0
+
+    monkeypatch.setattr(Text, "encode_chat", slow)
+    before = gone()
+    socks = [server.begin(CHAT, {"messages": HELLO, "max_tokens": 1}) for _ in range(THREADS + 6)]
+    wait_until(lambda: len(rendered) == THREADS)
+    for sock in socks:
+        sock.close()
+    wait_until(lambda: gone() == before + len(socks))
+    held.set()
+    assert server.post(CHAT, messages=HELLO, max_tokens=1)["usage"]["completion_tokens"] == 1
+    assert len(rendered) == THREADS + 1
+    idle(server)
 
 
 def test_a_mistake_in_one_prompt_leaves_nothing_of_the_others(server: Running):

@@ -20,6 +20,8 @@ pytest.importorskip("starlette")
 
 import fp4rt  # noqa: E402
 from fp4rt.serve.app import make_openapi  # noqa: E402
+from fp4rt.serve.service import THREADS  # noqa: E402
+from fp4rt.text import Text  # noqa: E402
 from serving import Running, program, serving, wait_until  # noqa: E402
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -366,6 +368,33 @@ def test_a_client_that_goes_is_not_worked_for(server: Running, stream: bool):
     assert server.llm.stats().generated_tokens - before.generated_tokens < LONG["max_tokens"]
 
 
+def test_what_waits_for_a_thread_is_dropped_with_its_client(server: Running, monkeypatch: pytest.MonkeyPatch):
+    held, rendered = threading.Event(), []
+    encode_chat = Text.encode_chat
+
+    def slow(text: Text, messages: list, **options) -> list[int]:
+        rendered.append(messages)
+        held.wait(60)
+        return encode_chat(text, messages, **options)
+
+    def gone() -> int:
+        told = server.ask("GET", "/metrics")[2].decode()
+        found = re.search(rf'http_responses_total{{path="{CHAT}",status="499"}} (\d+)', told)
+        return int(found[1]) if found else 0
+
+    monkeypatch.setattr(Text, "encode_chat", slow)
+    before = gone()
+    socks = [server.begin(CHAT, {"messages": HELLO, "max_tokens": 1}) for _ in range(THREADS + 6)]
+    wait_until(lambda: len(rendered) == THREADS)
+    for sock in socks:
+        sock.close()
+    wait_until(lambda: gone() == before + len(socks))
+    held.set()
+    assert server.post(CHAT, messages=HELLO, max_tokens=1)["usage"]["completion_tokens"] == 1
+    assert len(rendered) == THREADS + 1
+    idle(server)
+
+
 def test_a_mistake_in_one_prompt_leaves_nothing_of_the_others(server: Running):
     server.refused(TEXT, 400, {"prompt": [[1, 2], [10**6]], "max_tokens": 500, "ignore_eos": True})
     idle(server)
@@ -385,8 +414,18 @@ def test_slow_clients_are_let_go(server: Running, monkeypatch: pytest.MonkeyPatc
         assert sock.recv(100).startswith(b"HTTP/1.1 408")
 
 
-def test_a_huge_prompt_holds_up_nobody(server: Running):
-    """Its tokens are counted beside the event loop: others are answered meanwhile."""
+def test_a_huge_prompt_holds_up_nobody(server: Running, monkeypatch: pytest.MonkeyPatch):
+    """While its tokens are counted, others are answered."""
+    counting, encode = threading.Event(), Text.encode
+
+    def watched(*given) -> list[int]:
+        counting.set()
+        try:
+            return encode(*given)
+        finally:
+            counting.clear()
+
+    monkeypatch.setattr(Text, "encode", watched)
     body = json.dumps({"prompt": "the quick brown dog " * 150_000}).encode()
     replies: list[tuple] = []
     thread = threading.Thread(target=lambda: replies.append(server.ask(
@@ -394,8 +433,9 @@ def test_a_huge_prompt_holds_up_nobody(server: Running):
     thread.start()
     answered = 0
     while thread.is_alive():
-        answered += server.ask("GET", "/health")[0] == 200
-    assert replies[0][0] == 400 and b"context_length_exceeded" in replies[0][2] and answered > 10
+        during = counting.is_set()
+        answered += server.ask("GET", "/health")[0] == 200 and during and counting.is_set()
+    assert replies[0][0] == 400 and b"context_length_exceeded" in replies[0][2] and answered >= 100
 
 
 def test_a_full_queue_says_when_to_come_again():

@@ -194,10 +194,11 @@ async def chat_completions(request: HttpRequest) -> Response:
         raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
     max_tokens = given.max_completion_tokens or given.max_tokens
     sampling = make_sampling(given, max_tokens, service.vocab_size)
-    prompt = await service.prepare(partial(make_prompt, service, given))
+    prompt = await service.prepare(request, partial(make_prompt, service, given))
     service.check_length(len(prompt.ids), max_tokens, "messages")
     n = given.n or 1
-    grammars = await service.prepare(lambda: [make_grammar(service, given, prompt) for _ in range(n)])
+    grammars = await service.prepare(
+        request, lambda: [make_grammar(service, given, prompt) for _ in range(n)])
     choices: list[Choice] = []
 
     def release() -> None:

@@ -96,7 +96,7 @@ async def completions(request: HttpRequest) -> Response:
     if len(prompts) * n > MAX_CHOICES:
         raise ApiError(400, f"{len(prompts)} prompts times n={n} is more than {MAX_CHOICES} replies", "prompt")
     tokenized = await service.prepare(
-        lambda: [service.text.encode(one) if isinstance(one, str) else one for one in prompts])
+        request, lambda: [service.text.encode(one) if isinstance(one, str) else one for one in prompts])
     for ids in tokenized:
         service.check_length(len(ids), given.max_tokens, "prompt")
     drop = given.max_tokens == 0  # the engine makes one token at least; it is not shown

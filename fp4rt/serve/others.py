@@ -102,7 +102,7 @@ async def tokenize(request: Request) -> Response:
                                         add_generation_prompt=given.add_generation_prompt is not False, **arguments)
 
     try:
-        ids = await service.prepare(encode)
+        ids = await service.prepare(request, encode)
     except TypeError as error:  # a template argument with the name of one of Python's own
         raise ApiError(400, f"chat_template_kwargs: {error}", "chat_template_kwargs") from None
     spelled = list(map(partial(token_text, service.text), ids)) if given.return_token_strs else None
@@ -117,7 +117,7 @@ async def detokenize(request: Request) -> Response:
         if token >= service.vocab_size:
             raise ApiError(400, f"tokens holds {token}; ids are 0 to {service.vocab_size - 1}", "tokens")
     return as_json(DetokenizeResponse(await service.prepare(
-        lambda: service.text.decode(given.tokens, skip_special=False))))
+        request, lambda: service.text.decode(given.tokens, skip_special=False))))
 
 
 async def tokenizer_info(request: Request) -> Response:

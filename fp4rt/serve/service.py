@@ -34,7 +34,7 @@ class Disconnected(Exception):
 class Service:
     """A model as it is served.
 
-    name: what clients call it. admitted: HTTP requests on their way. busy: those of them that are being generated.
+    name: what clients call it. admitted: HTTP requests on their way. busy: those of them that are being worked on.
     """
 
     def __init__(self, llm: fp4rt.AsyncLLM, name: str, openapi: bytes):
@@ -51,8 +51,14 @@ class Service:
         self._threads = ThreadPoolExecutor(THREADS, "fp4rt-serve")
         self._preparing = 0
 
-    async def prepare(self, work: Callable[[], T]) -> T:
-        """Run what takes milliseconds of pure computing in another thread. Raises ApiError where too many wait."""
+    async def prepare(self, request: HttpRequest, work: Callable[[], T]) -> T:
+        """Run what takes milliseconds of pure computing in another thread, unless its client goes while it waits.
+
+        Raises ApiError where too many wait, or Disconnected.
+        """
+        return await Call(self, request.receive).run(self._prepare(work))
+
+    async def _prepare(self, work: Callable[[], T]) -> T:
         if self._preparing >= MAX_PREPARING:
             raise overloaded("too many requests are being prepared")
         self._preparing += 1

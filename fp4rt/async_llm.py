@@ -25,9 +25,9 @@ class Delta:
     """What became known of an answer since the last one.
 
     Of an iterator that is behind, one delta is several tokens. text, reasoning: whole characters. ids: the tokens
-    drawn. logprobs: theirs, where asked for. prompt_logprobs: of
-    the prompt's tokens from the second on, in the first delta, where asked for. finish_reason: of the last delta,
-    "stop", "length" or "cancelled". The counts are of the whole request so far.
+    drawn. logprobs: theirs, where asked for. prompt_logprobs: of the prompt's tokens from the second on, in the first
+    delta, where asked for. finish_reason: of the last delta, "stop", "length" or "cancelled". The counts are of the
+    whole request so far.
     """
 
     text: str
@@ -91,7 +91,7 @@ class _Bell:
 
 
 class Request:
-    """One request on its way: iterate over it once for its deltas. Leaving the loop early, or dropping it, cancels it."""
+    """One request on its way: iterate over it once for its deltas. Leaving the loop, or dropping it, cancels it."""
 
     def __init__(self, owner: AsyncLLM, sequence: Sequence, decoder: Any, request_id: str | None, bell: _Bell):
         self.id, self.sequence = request_id, sequence

@@ -58,6 +58,11 @@ def put_batch(device: Device, batch: Batch, into: DeviceBatch | None = None) -> 
     return into
 
 
+def feed(device: Device, batch: DeviceBatch, ids: cupy.ndarray) -> None:
+    """Tokens -1 - r of a batch become ids[r], int32 [R]; 0 for a failed row."""
+    device.kernel("batch", "feed")(-(-len(batch.tokens) // _THREADS), _THREADS, ids, batch.tokens, len(batch.tokens))
+
+
 def advance(device: Device, batch: DeviceBatch, ids: cupy.ndarray) -> None:
     """Make a decode batch the next step's: tokens <- ids, positions and lengths + 1; rows on page 0 stay."""
     sequences, width = batch.tables[0].shape

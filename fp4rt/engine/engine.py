@@ -231,7 +231,7 @@ class Engine:
     def _recorded(self, sequences: list[Sequence]) -> Decode:
         """The recorded step for this many sequences and pages, filled with these."""
         exact = self.ops.lookahead == 0  # nothing is captured: padding would only cost
-        size = len(sequences) if exact else _power_of_two(len(sequences))
+        size = len(sequences) if exact else min(_power_of_two(len(sequences)), self.scheduler.max_sequences)
         pages = max(len(pages) for sequence in sequences for pages in sequence.held.pages)
         width = pages if exact else _power_of_two(max(pages, 16))
         key = size, width, any(sequence.top_logprobs is not None for sequence in sequences)
@@ -266,7 +266,8 @@ class Engine:
     def _launched(self, sequences: list[Sequence], ids: Any, told: Any = None) -> None:
         for sequence in sequences:
             sequence.ahead += 1
-        self._flights.append(Flight(sequences, ids, self.ops.fetch(ids), told if told is None else self.ops.fetch(told)))
+        told = told if told is None else self.ops.fetch(told)
+        self._flights.append(Flight(sequences, ids, self.ops.fetch(ids), told))
 
     @staticmethod
     def _failed(sequences: list[Sequence]) -> Iterator[Event]:

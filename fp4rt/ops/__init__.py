@@ -302,6 +302,9 @@ class Ops(Protocol):
         are copied. Raises Fp4rtError("request") for a bias outside the vocabulary, or a mask that allows nothing.
         """
 
+    def batch_bytes(self, sequences: int, pages: int) -> int:
+        """Device memory of a batch of so many sequences with a token each, and so many pages in all their tables."""
+
     def sampler_bytes(self, vocab_size: int) -> int:
         """Device memory that one row's settings take at most, its history included."""
 
@@ -340,7 +343,7 @@ class Ops(Protocol):
         """Bytes that may still be allocated within this backend's budget; None if unknown."""
 
     def expect(self, nbytes: int) -> None:
-        """Pages and slots of so many bytes are asked for next, and may be taken from the device in one piece."""
+        """Take so many bytes from the device now, for what batches and samplers ask for later."""
 
     def reserve(self, step: Callable[[], object]) -> int:
         """Size the scratch memory for `step` (the largest one that will ever run) without running it: bytes."""

@@ -434,6 +434,9 @@ class ReferenceOps:
         into.rows = rows + [GREEDY] * (len(into.rows) - len(rows))
         return into
 
+    def batch_bytes(self, sequences: int, pages: int) -> int:
+        return 0
+
     def sampler_bytes(self, vocab_size: int) -> int:
         return 0
 

@@ -46,7 +46,7 @@ class CudaOps:
     name = "cuda"
     notice = ""
     step_tokens = 2048
-    lookahead = 8
+    lookahead = 4
 
     def __init__(self, arch: str | None = None, gpu_memory: int | None = None, deterministic: bool = False):
         self.gpu = Device(arch, gpu_memory)
@@ -179,6 +179,9 @@ class CudaOps:
     def sampler(self, rows: Sequence[SamplerRow], vocab_size: int,
                 into: sample.Sampler | None = None) -> sample.Sampler:
         return sample.put_sampler(self.gpu, rows, vocab_size, into)
+
+    def batch_bytes(self, sequences: int, pages: int) -> int:
+        return batch.batch_bytes(sequences, pages)
 
     def sampler_bytes(self, vocab_size: int) -> int:
         return sample.sampler_bytes(vocab_size)

@@ -98,6 +98,8 @@ def put_sampler(device: Device, rows: Sequence[SamplerRow], vocab_size: int,
 def sample(device: Device, logits: cupy.ndarray, sampler: Sampler) -> cupy.ndarray:
     """logits float32 [R, V] -> ids int32 [R], overwritten by the next draw; steps and histories go on."""
     count, vocab_size = logits.shape
+    if count > len(sampler.ids):
+        raise ValueError(f"{count} rows of logits and a sampler of {len(sampler.ids)}")
     device.kernel("sample", "sample")((sampler.slices, count), _THREADS, logits, sampler.rows, sampler.room,
                                       sampler.tickets, sampler.ids, vocab_size)
     return sampler.ids[:count]

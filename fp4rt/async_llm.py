@@ -325,9 +325,10 @@ class AsyncLLM:
         self._generated_tokens += token >= 0
         try:
             request._push(token)
-        except Exception as error:  # a tokenizer or grammar that breaks ends its own request only
+        except Exception as error:  # a tokenizer that breaks ends its own request only
             known = isinstance(error, Fp4rtError)
-            sequence.fail(error if known else Fp4rtError("request", f"the answer broke off: {error}"))
+            sequence.fail(error if known else Fp4rtError(
+                "internal", f"the answer broke off: {type(error).__name__}: {error}"))
         if sequence.finish_reason:
             self._let_go(request)
 

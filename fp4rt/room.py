@@ -14,6 +14,8 @@ from fp4rt.ops import Ops
 
 DEFAULT_CONTEXT = 8192         # tokens of room unless more is asked for: enough for most, small on every card
 UNKNOWN_MEMORY_KV = 2 << 30    # bytes of K/V that kv_tokens="all" takes where a backend does not know what is free
+DRIVERS_SHARE = 16, 512 << 20  # of free memory kv_tokens="all" leaves one part in 16, at most 512 MiB, to the driver:
+                               # for recorded steps, kernels that are loaded late, and whoever else uses the device
 
 
 def parse_size(size: int | str | None) -> int | None:
@@ -105,7 +107,8 @@ def make_engine(ops: Ops, decoder: Any, room: int, *, must: bool, kv_tokens: int
                          "MB are free beside weights and workspace; ask for fewer with max_model_len")
     tokens = fits
     if kv_tokens == "all":
-        allowed = UNKNOWN_MEMORY_KV if free is None else free
+        parts, most = DRIVERS_SHARE
+        allowed = UNKNOWN_MEMORY_KV if free is None else max(nbytes(fits), free - min(free // parts, most))
         below, above = fits, fits * plan.sequences + 1  # the most that can be of use
         while above - below > PAGE_TOKENS:
             middle = (below + above) // 2
@@ -119,8 +122,8 @@ def make_engine(ops: Ops, decoder: Any, room: int, *, must: bool, kv_tokens: int
             raise Fp4rtError("memory", f"remembering {kv_tokens} tokens takes {nbytes(kv_tokens) / 1e6:.0f} MB and "
                              f"{free / 1e6:.0f} MB are free beside weights and workspace; lower kv_tokens")
         tokens = kv_tokens
+    ops.expect(nbytes(tokens) + aside)
     cache = Cache(plan, cache_pages(plan, tokens, step_tokens, kv_tokens is not None), plan.sequences, prefix_caching)
-    ops.expect(aside)
     if speculate and not cache.rewindable:
         raise Fp4rtError("request", "speculate: this model remembers a recurrent state, from which a token that was "
                          "guessed wrong cannot be taken back; leave it out", param="speculate")

@@ -343,7 +343,8 @@ class Ops(Protocol):
         """Bytes that may still be allocated within this backend's budget; None if unknown."""
 
     def expect(self, nbytes: int) -> None:
-        """Take so many bytes from the device now, for what batches and samplers ask for later."""
+        """Take so many bytes from the device in one piece: for pages, slots, and what batches and samplers need later.
+        """
 
     def reserve(self, step: Callable[[], object]) -> int:
         """Size the scratch memory for `step` (the largest one that will ever run) without running it: bytes."""

@@ -4,7 +4,8 @@
     python scripts/bench_serve.py MODEL --long-prompt 32768 --max-num-batched-tokens 512 --max-model-len 33000
 
 It starts the server itself, with what other options of `fp4rt serve` it is given. Prompts are random ids, greedy and
-past any end-of-text token. Before anything is timed it checks that a stream says what a whole reply says, and how many
+past any end-of-text token, each reply between half of --max-tokens and all of them, so that requests come and go at
+any moment. Before anything is timed it checks that a stream says what a whole reply says, and how many
 tokens that is. Each of --clients is a run of its own, of --rounds requests per client, one after the other; a run of
 one request per client comes before it, to record and compile what it needs.
 """
@@ -90,14 +91,22 @@ async def throughput(port: int, clients: int, rounds: int, prompt_tokens: int, m
     rng = random.Random(clients)
 
     async def one_client(count: int) -> list[Stream]:
-        return [await stream(port, make_prompt(rng, prompt_tokens), max_tokens) for _ in range(count)]
+        nonlocal asked
+        replies = []
+        for _ in range(count):
+            tokens = rng.randint((max_tokens + 1) // 2, max_tokens)
+            asked += tokens
+            replies.append(await stream(port, make_prompt(rng, prompt_tokens), tokens))
+        return replies
 
+    asked = 0
     await asyncio.gather(*(one_client(1) for _ in range(clients)))
+    asked = 0
     started = time.perf_counter()
     replies = [one for client in await asyncio.gather(*(one_client(rounds) for _ in range(clients))) for one in client]
     seconds = max(one.ended for one in replies) - started
     tokens = sum(one.tokens for one in replies)
-    check(tokens == len(replies) * max_tokens, f"{clients} clients: {len(replies)} replies of {max_tokens} tokens")
+    check(tokens == asked, f"{clients} clients: {len(replies)} replies of {tokens} tokens in all, as asked for")
     gaps = [later - earlier for one in replies for earlier, later in zip(one.events, one.events[1:])]
     events = sum(len(one.events) for one in replies)
     print(f"{'clients':>8} {'tokens/s':>9} {'first ms':>9} {'95 %':>9} {'gap ms':>9} {'95 %':>9} {'tokens/event':>12}\n"
@@ -108,6 +117,8 @@ async def throughput(port: int, clients: int, rounds: int, prompt_tokens: int, m
 async def beside(port: int, long_prompt: int) -> None:
     """First tokens of short prompts that come at a steady rate while a long one is computed."""
     rng = random.Random(0)
+    await asyncio.gather(*(stream(port, make_prompt(rng, tokens), 4) for tokens in (
+        long_prompt // 4, SHORT_PROMPT, SHORT_PROMPT, SHORT_PROMPT)))  # compiles what is still missing
     quiet = [await stream(port, make_prompt(rng, SHORT_PROMPT), 4) for _ in range(8)]
     print(f"{'first tokens':>24} {'requests':>8} {'median ms':>9} {'95 %':>9}\n"
           f"{'alone':>24} {len(quiet):8} {shares([one.first for one in quiet])}")

@@ -156,6 +156,8 @@ def watched(monkeypatch: pytest.MonkeyPatch):
         fetch = type(ops).fetch
         engine.model, ops.lookahead = Counted(), 3
         ops.fetch = lambda array: Watched(engine, fetch(ops, array), engine.steps)
+        engine.prepare()
+        assert engine.steps == 0
         yield llm
 
 
@@ -203,3 +205,26 @@ def test_a_grammar_does_not_hold_up_the_others(watched: fp4rt.LLM):
     assert all(token % 2 for token in sequences[2].generated) and len(sequences[2].generated) == 40
     watched.ops.lookahead = 0
     assert watched.generate(prompts(5, 8)[0], greedy(40))[0].ids == sequences[0].generated
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("speculate", [0, 4])
+def test_no_memory_is_taken_after_loading(speculate: int):
+    """However many there are, and however they draw: penalties, as many biases as may be, masks, log-probabilities."""
+    with fp4rt.load(CHECKPOINT, device="cuda", max_model_len=512, kv_tokens=4096, max_num_seqs=12,
+                    speculate=speculate) as llm:
+        budget = llm.ops.gpu.budget
+        taken = budget.used
+        biases = {i: 0.5 for i in range(1000)}
+        ways = [dict(repetition_penalty=1.2, logit_bias=biases), dict(frequency_penalty=0.3, temperature=0.8, seed=1),
+                dict(logit_bias=biases), dict()]
+        for count in (12, 5, 30):
+            sequences = [llm.sequence(ids, fp4rt.Sampling(**{"temperature": 0, "max_tokens": 60, "ignore_eos": True,
+                                                             **ways[i % 4]})) for i, ids in enumerate(prompts(count))]
+            for sequence in sequences[::3]:
+                sequence.top_logprobs = 20
+            sequences[1].grammar = Odd()
+            for _ in llm.engine.run(sequences):
+                pass
+            assert all(len(sequence.generated) == 60 for sequence in sequences)
+            assert budget.used == budget.peak == taken

@@ -16,11 +16,13 @@ from fp4rt.engine.sequence import Sequence, TokenLogprobs
 from fp4rt.errors import Fp4rtError
 from fp4rt.layers import Decoder
 from fp4rt.ops import GREEDY, Ops, Pending, SamplerRow
-from fp4rt.sampling import MAX_LOGPROBS
+from fp4rt.sampling import MAX_LOGPROBS, Sampling
 
-LEASE = 256    # decode steps that run on pages and settings put on the device once
-UNGUESSED = 4  # of them where nothing could be guessed, before the host looks again: it costs the device a wait
-RECORDED = 16  # recorded decode steps that are kept, for numbers of sequences and pages
+LEASE = 256          # decode steps that run on pages and settings put on the device once
+UNGUESSED = 4        # of them where nothing could be guessed, before the host looks again: it costs the device a wait
+LARGE = 256          # tokens of a step that takes so long that beginning the next one before it ends would gain nothing
+RECORDED = 16        # recorded decode steps that are kept, for numbers of sequences and pages
+SHORTEST_TABLE = 16  # pages of a sequence that a step is recorded for at least
 
 Event = tuple[Sequence, int]
 
@@ -117,6 +119,17 @@ class Engine:
     def busy(self) -> bool:
         return bool(self._arrivals or self._scores or self.scheduler.busy)
 
+    def prepare(self) -> None:
+        """Record the steps in which any number of short sequences decode, so that nobody has to wait for it later."""
+        if not self.ops.lookahead:
+            return
+        nobody = Sequence([0], Sampling().resolve({}), 0, frozenset(), 2)
+        nobody.held.pages = [[0] for _ in self.cache.plan.windows]
+        for power in range(self.scheduler.max_sequences.bit_length() + 1):
+            key = min(1 << power, self.scheduler.max_sequences), SHORTEST_TABLE, False
+            if key not in self._decodes:
+                self._decodes[key] = Decode(self, [nobody], *key)
+
     def submit(self, sequence: Sequence) -> None:
         """Let a sequence take part from the next step on (any thread). Setting its finish_reason ends it."""
         self._arrivals.append(sequence)
@@ -143,8 +156,11 @@ class Engine:
                 self._arrivals.remove(sequence)
             self.scheduler.remove(sequence)
 
-    def events(self) -> Iterator[Event]:
-        """(sequence, token) as tokens are drawn, until no sequence is left; -1 for one that failed, and says why."""
+    def events(self, others: bool = False) -> Iterator[Event]:
+        """(sequence, token) as tokens are drawn, until no sequence is left; -1 for one that failed, and says why.
+
+        others: more sequences may be submitted meanwhile; they wait for one large step at most.
+        """
         while True:
             while self._arrivals:
                 self.scheduler.add(self._arrivals.popleft())
@@ -155,7 +171,7 @@ class Engine:
                 if all(s.decoding and not s.drafts for s, _ in step):
                     yield from self._decode([sequence for sequence, _ in step])
                 else:
-                    yield from self._mixed(step)
+                    yield from self._mixed(step, others)
                 for sequence, _ in step:
                     if sequence.error is None:
                         self.scheduler.publish(sequence)
@@ -164,7 +180,7 @@ class Engine:
             elif not self.busy:
                 return
 
-    def _mixed(self, step: Step) -> Iterator[Event]:
+    def _mixed(self, step: Step, others: bool) -> Iterator[Event]:
         """One step with a piece of a prompt in it, or with drafts.
 
         After a sequence's drafts a token is drawn, too, and after each of them: as long as what is drawn is what was
@@ -186,7 +202,8 @@ class Engine:
         else:
             self._launched([], logits)
         yield from self._failed(drawing)
-        yield from self._read(min(self._unread(), 1))  # such a step takes long: whoever arrives waits for two of them
+        large = others and sum(count for _, count in step) > LARGE
+        yield from self._read(0 if large else min(self._unread(), 1))
 
     def _decode(self, sequences: list[Sequence]) -> Iterator[Event]:
         """Steps of one token for each sequence, until one of them ends, another arrives, or pages run out."""
@@ -233,7 +250,7 @@ class Engine:
         exact = self.ops.lookahead == 0  # nothing is captured: padding would only cost
         size = len(sequences) if exact else min(_power_of_two(len(sequences)), self.scheduler.max_sequences)
         pages = max(len(pages) for sequence in sequences for pages in sequence.held.pages)
-        width = pages if exact else _power_of_two(max(pages, 16))
+        width = pages if exact else _power_of_two(max(pages, SHORTEST_TABLE))
         key = size, width, any(sequence.top_logprobs is not None for sequence in sequences)
         decode = self._decodes.pop(key, None)
         if decode is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,7 @@ def test_bad_prompts(llm: fp4rt.LLM, prompt: list, message: str):
         llm.generate(prompt)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("scale", ["block", "global"])
 def test_logits_that_are_not_finite_name_the_layer(tmp_path: Path, scale: str):
     """A NaN weight ends in an error that names the layer it came from, not in text."""
@@ -124,6 +126,15 @@ def test_logits_that_are_not_finite_name_the_layer(tmp_path: Path, scale: str):
             broken.generate([1, 2, 3], greedy(3))
         with pytest.raises(fp4rt.Fp4rtError, match=r"model\.layers\.1"):
             broken.logits([1, 2, 3])
+        assert broken.engine.cache.empty
+
+    async def score() -> None:
+        with fp4rt.AsyncLLM.load(str(target), device="reference", max_model_len=64) as served:
+            async for _ in served.submit([1, 2, 3], greedy(3), prompt_logprobs=True):
+                pass
+
+    with pytest.raises(fp4rt.Fp4rtError, match=r"model\.layers\.1"):
+        asyncio.run(asyncio.wait_for(score(), 20))
 
 
 class Watched:

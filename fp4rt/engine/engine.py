@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -163,7 +164,11 @@ class Engine:
         """
         while True:
             while self._arrivals:
-                self.scheduler.add(self._arrivals.popleft())
+                sequence = self._arrivals.popleft()
+                if sequence.error is not None:  # its prompt could not be scored
+                    yield sequence, -1
+                else:
+                    self.scheduler.add(sequence)
             if self._scores and next(self._scores[0], self) is self:
                 self._scores.popleft()
             step = self.scheduler.plan()
@@ -379,55 +384,69 @@ class Engine:
         if self.busy:
             raise Fp4rtError("request", "logits cannot be asked for while sequences are being generated")
         logits = np.empty((len(ids), self.model.config.vocab_size), np.float32)
-        for first, part in self._prompt_logits(ids):
-            rows = self.ops.fetch(part).result()
-            logits[first:first + len(rows)] = rows
+        with self._prompt(ids) as prompt:
+            for first, part in self._prompt_logits(prompt):
+                rows = self.ops.fetch(part).result()
+                if not np.isfinite(rows).all():
+                    raise self._not_finite(prompt)
+                logits[first:first + len(rows)] = rows
         return logits
 
     def score(self, sequence: Sequence, top: int) -> None:
         """Fill sequence.prompt_logprobs, for its prompt's tokens but the first, and then submit it (any thread)."""
         def chunks() -> Iterator[None]:
-            ids = sequence.ids
+            unread: deque[tuple[list[int], Pending]] = deque()
+
+            def read() -> None:
+                following, pending = unread.popleft()
+                told = pending.result()
+                if np.isnan(told[:, 0]).any():
+                    raise self._not_finite(prompt)
+                sequence.prompt_logprobs += [TokenLogprobs.read(token, row, top) for token, row in zip(following, told)]
+
             try:
-                for first, part in self._prompt_logits(ids):
-                    if sequence.finish_reason:
-                        break
-                    if part is not None:
-                        following = ids[first + 1:first + 1 + len(part)]
-                        padded = np.array(following + [0] * (len(part) - len(following)), np.int32)
-                        told = self.ops.fetch(self.ops.logprobs(part, padded, top))
-                        sequence.prompt_logprobs += [TokenLogprobs.read(token, row, top)
-                                                     for token, row in zip(following, told.result())]
-                    yield
+                with self._prompt(sequence.ids) as prompt:
+                    for first, part in self._prompt_logits(prompt):
+                        if sequence.finish_reason:
+                            break
+                        if part is not None:
+                            following = prompt.ids[first + 1:first + 1 + len(part)]
+                            padded = np.array(following + [0] * (len(part) - len(following)), np.int32)
+                            unread.append((following, self.ops.fetch(self.ops.logprobs(part, padded, top))))
+                        del part  # its memory is for the steps that come between
+                        if len(unread) > 1:
+                            read()
+                        yield
+                    while unread and not sequence.finish_reason:
+                        read()
             except Fp4rtError as error:
                 sequence.fail(error)
             self.submit(sequence)
 
         self._scores.append(chunks())
 
-    def _prompt_logits(self, ids: list[int]) -> Iterator[tuple[int, Any]]:
-        """(first position, logits of a chunk from there), the logits None where it has to wait for room."""
-        sequence = Sequence(list(ids), None, 0, frozenset(), len(ids))
-        chunk = min(self.scheduler.step_tokens, LOGITS_ROWS)
+    @contextmanager
+    def _prompt(self, ids: list[int]) -> Iterator[Sequence]:
+        """A sequence whose prompt is looked at and not continued; what it holds is given back."""
+        prompt = Sequence(list(ids), Sampling(), 0, frozenset(), len(ids))
         try:
-            while not self.cache.has_slot:
-                yield 0, None
-            self.cache.take_slot(sequence.held)
-            while sequence.remembered < len(ids):
-                count = min(chunk, len(ids) - sequence.remembered)
-                self.cache.trim(sequence.held, sequence.remembered)
-                while not self.cache.grow(sequence.held, sequence.remembered + count):
-                    if not self.scheduler.running:
-                        raise Fp4rtError("memory", f"{len(ids)} tokens do not fit the K/V cache of "
-                                                   f"{self.cache.tokens} tokens")
-                    yield sequence.remembered, None
-                batch = self.ops.batch(make_batch([(sequence, count)], list(range(count))))
-                part = self.model(batch, self.cache.layers)
-                finite = self.ops.is_finite(part)
-                if finite:
-                    yield sequence.remembered, part
-                sequence.remembered += count
-                if not finite:
-                    raise self._not_finite(sequence)
+            yield prompt
         finally:
-            self.cache.give_back(sequence.held)
+            self.cache.give_back(prompt.held)
+
+    def _prompt_logits(self, prompt: Sequence) -> Iterator[tuple[int, Any]]:
+        """(first position, logits of a chunk from there), the logits None where it has to wait for room."""
+        total, chunk = len(prompt.ids), min(self.scheduler.step_tokens, LOGITS_ROWS)
+        while not self.cache.has_slot:
+            yield 0, None
+        self.cache.take_slot(prompt.held)
+        while (first := prompt.remembered) < total:
+            count = min(chunk, total - first)
+            self.cache.trim(prompt.held, first)
+            while not self.cache.grow(prompt.held, first + count):
+                if not self.scheduler.running:
+                    raise Fp4rtError("memory", f"{total} tokens do not fit the K/V cache of {self.cache.tokens} tokens")
+                yield first, None
+            batch = self.ops.batch(make_batch([(prompt, count)], list(range(count))))
+            prompt.remembered += count
+            yield first, self.model(batch, self.cache.layers)

@@ -153,7 +153,7 @@ class Watched:
 def watched(monkeypatch: pytest.MonkeyPatch):
     """An engine that runs three steps ahead; `reads`: of each read step, how many followed it, and who could go on."""
     with fp4rt.load(CHECKPOINT, device="reference", max_model_len=256, kv_tokens=2048, max_num_seqs=6,
-                    max_num_batched_tokens=40) as llm:
+                    max_num_batched_tokens=80) as llm:
         engine, ops, model = llm.engine, llm.ops, llm.engine.model
         engine.steps, engine.reads = 0, []
 
@@ -186,6 +186,7 @@ def test_no_step_is_awaited_while_another_could_be_launched(watched: fp4rt.LLM):
         if waiting and count % 9 == 0:
             engine.submit(waiting.pop(0))
     assert not waiting and all(s.finish_reason == "length" for s in sequences)
+    assert any(recorded and sizes.tokens > sizes.sequences for sizes, recorded in engine._recorded.items())
     assert engine.steps > 100 and all(since > 0 for since, able in engine.reads if able)
     for sequence in sequences:
         watched.ops.lookahead = 0

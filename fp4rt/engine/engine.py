@@ -309,8 +309,9 @@ class Engine:
     def _keep(self, sizes: Sizes, recorded: Recorded | None) -> None:
         self._recorded[sizes] = recorded
         if len(self._recorded) > RECORDED:
-            self.ops.synchronize()  # it may be under way
-            self._recorded.popitem(last=False)
+            _, oldest = self._recorded.popitem(last=False)
+            if oldest is not None:
+                self.ops.synchronize()  # it may be under way
 
     def put(self, step: Step, drawing: list[Sequence | None], rows: list[int] | None,
             sizes: tuple[int | None, int | None, int | None] = (None, None, None), into: Any = None) -> Any:

@@ -119,7 +119,8 @@ class Engine:
     """Runs sequences through a model. One thread drives it; any may submit sequences, and end them, at any moment.
 
     Steps are launched ahead of what the host has read: the next one takes its tokens from where the last one drew them.
-    Only a sequence under a grammar, or a guess at what comes next, waits for what the host has to know before.
+    Only a sequence under a grammar, or a guess at what comes next, waits for what the host has to know before; and
+    behind a large step with prompts nothing is launched where others may arrive, since they would have to wait for it.
     """
 
     def __init__(self, ops: Ops, model: Decoder, cache: Cache, max_sequences: int, step_tokens: int | None = None,

@@ -23,8 +23,8 @@ from fp4rt.ops.cpu.runtime import load_machine_code
 
 __all__ = [
     "BF16", "F16", "F32", "FP4", "FP8", "FP8_BLOCK", "LANES", "LAYOUTS", "Layout", "MXFP4", "NARROW_COLUMNS", "NVFP4",
-    "ROWS", "TILE_TOKENS", "WIDE_COLUMNS", "decode_row", "dot_rows", "outer", "outer_add", "outer_add_narrow", "silu_mul",
-    "softmax_page", "tile",
+    "ROWS", "TILE_TOKENS", "WIDE_COLUMNS", "decode_row", "dot_rows", "outer", "outer_add", "outer_add_narrow",
+    "silu_mul", "softmax_page", "tile",
 ]
 
 load_machine_code("emit", assembly, ENTRIES)

@@ -11,7 +11,7 @@ from fp4rt.batch import PAGE_TOKENS
 from fp4rt.cache import Plan, describe
 from fp4rt.errors import Fp4rtError
 from fp4rt.formats import Fp8
-from fp4rt.room import DEFAULT_CONTEXT, cache_pages, check_context, parse_size, reserve_workspace
+from fp4rt.room import DEFAULT_CONTEXT, cache_pages, check_context, parse_size, reserve_workspace, set_aside
 from fp4rt.loading import Loader
 from fp4rt.models import load_model, read_config
 from fp4rt.ops.planning import Headers, planning_ops
@@ -38,7 +38,7 @@ class Inspection:
     other_bytes: norms, and the embedding where it is not the head (embedding_bytes, else 0). table_bytes: rotary
     angles. unread: (what, how many, why) of tensors that are not used.
     read_per_token: bytes of weights that each decode step reads; kv_per_token: that each token of context adds to it,
-    and takes. workspace: of the widest step. free: what may be allocated, None if unknown. context: the tokens that
+    and takes. workspace: of the widest step, and of batches and samplers. free: what may be allocated, None if unknown. context: the tokens that
     loading would make room for; largest_context: that fit, at most what the model takes; None if `free` is.
     """
 
@@ -86,7 +86,7 @@ def inspect(path: str | Path, *, device: str = "auto", arch: str | None = None, 
     if requantizer:
         requantizer.finish()
     plan = Plan(ops, model.memory)
-    workspace = reserve_workspace(ops, model, plan, room, ops.step_tokens)
+    workspace = reserve_workspace(ops, model, plan, room, ops.step_tokens) + set_aside(ops, plan, room, sizes.vocab_size)
 
     kinds: dict[tuple[str, str, str], list[int]] = {}
     for loaded in loader.linears:

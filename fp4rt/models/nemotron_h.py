@@ -141,7 +141,8 @@ class Attention:
         self.o_proj = load.linear(scope, {"o_proj": sizes.hidden_size}, q, bias=bias)
 
     def __call__(self, h: Any, norm: Any, batch: Any, pages: Any) -> Any:
-        a = self.ops.attention(self.ops.linear(h, self.qkv_proj, norm=norm), batch, pages, self.shape, rope=None)
+        a = self.ops.attention(self.ops.linear(h, self.qkv_proj, norm=norm), batch, pages, self.shape, rope=None,
+                               then=self.o_proj)
         return self.ops.linear(a, self.o_proj, residual=h)
 
 

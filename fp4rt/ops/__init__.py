@@ -246,12 +246,12 @@ class Ops(Protocol):
 
     def attention(self, qkv: Handle, batch: Handle, pages: Handle, shape: AttentionShape, *, rope: Handle | None,
                   q_norm: Handle | None = None, k_norm: Handle | None = None, v_norm: Handle | None = None,
-                  sinks: Handle | None = None) -> Handle:
+                  sinks: Handle | None = None, then: Linear | None = None) -> Handle:
         """Causal attention of T new tokens over everything remembered, [T, input_width] -> [T, H hd].
 
         Each head of q, k and v is RMS-normed over head_dim (where given), q and k are then rotated; k and v are
         written to their pages; softmax(scale * q.k) v over positions j <= i, and j > i - window, in float32.
-        sinks [H]: one more logit per head in the softmax's sum, without a value (gpt-oss).
+        sinks [H]: one more logit per head in the softmax's sum, without a value (gpt-oss). then: as for `linear`.
         """
 
     def logits(self, h: Handle, batch: Handle, norm: Handle, head: Linear, *, softcap: float | None = None) -> Handle:

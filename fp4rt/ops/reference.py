@@ -342,7 +342,8 @@ class ReferenceOps:
             y[token] = weight @ row
         return y
 
-    def attention(self, qkv, batch, pages, shape, *, rope, q_norm=None, k_norm=None, v_norm=None, sinks=None):
+    def attention(self, qkv, batch, pages, shape, *, rope, q_norm=None, k_norm=None, v_norm=None, sinks=None,
+                  then=None):
         heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
 
         def prepare(x, norm, rotated):

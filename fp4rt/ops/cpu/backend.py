@@ -222,7 +222,8 @@ class CpuOps(ReferenceOps):
         gated = (y.reshape(tokens, -1) * silu(z)).reshape(tokens, groups, -1)
         return rms_norm(gated, weight.norm.reshape(groups, -1), weight.eps).reshape(tokens, -1)
 
-    def attention(self, qkv, batch, pages, shape, *, rope, q_norm=None, k_norm=None, v_norm=None, sinks=None):
+    def attention(self, qkv, batch, pages, shape, *, rope, q_norm=None, k_norm=None, v_norm=None, sinks=None,
+                  then=None):
         if shape.shares is None and (v_norm is not None or shape.values_are_keys):
             q, k, v = np.split(qkv.reshape(len(qkv), -1, shape.head_dim),
                                [shape.num_heads, shape.num_heads + shape.num_kv_heads], axis=1)

@@ -130,9 +130,10 @@ class CudaOps:
     def attention(self, qkv: Activation, work: batch.DeviceBatch, pages: attention.Pages, shape: AttentionShape, *,
                   rope: cupy.ndarray | None, q_norm: rms_norm.Norm | None = None,
                   k_norm: rms_norm.Norm | None = None, v_norm: rms_norm.Norm | None = None,
-                  sinks: route.Vector | None = None) -> Activation:
+                  sinks: route.Vector | None = None, then: linear.CudaLinear | None = None) -> Activation:
         return attention.attention(self.gpu, qkv, work, pages, shape, rope=rope, q_norm=q_norm, k_norm=k_norm,
-                                   v_norm=v_norm, sinks=sinks and sinks.data, deterministic=self.deterministic)
+                                   v_norm=v_norm, sinks=sinks and sinks.data, then=then,
+                                   deterministic=self.deterministic)
 
     def route(self, x: cupy.ndarray | Activation, router: linear.CudaLinear, routing: Routing, *,
               norm: rms_norm.Norm | None = None, correction: route.Vector | None = None,

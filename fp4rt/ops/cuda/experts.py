@@ -116,7 +116,7 @@ def _grouped(device: Device, x: Activation, ids: cupy.ndarray, weights: cupy.nda
     tokens, slots = ids.shape
     pairs = tokens * slots
     x, pairs_of_x = _scaled(device, x, ids, up, slots)
-    by_warpgroups = warpgroup.runs_grouped(device, up.layout, down.layout)
+    by_warpgroups = warpgroup.runs(device, up.layout) and warpgroup.runs(device, down.layout)  # of the same blocks
     choices = (warpgroup.choose_grouped if by_warpgroups else _choose)(device, up, down, pairs)
     size = choices[0].tokens
     most_blocks = min(pairs, pairs // size + up.experts)

@@ -81,7 +81,7 @@ def breakdown(llm: LLM, prompts: Sequence[Sequence[int]], tokens: int, repeats: 
         found.append(_measure(llm, [len(prompt) for prompt in prompts], step, tokens, repeats))
         raise _Measured
 
-    with _replaced(llm.ops, record=record):
+    with _replaced(llm.ops, record=record), _replaced(llm.engine, small=0):  # so that only decode is recorded
         try:
             llm.generate(list(prompts), Sampling(temperature=0, max_tokens=tokens + 1, ignore_eos=True,
                                                  repetition_penalty=1.0))
@@ -107,14 +107,16 @@ class _Call:
 
 
 @contextmanager
-def _replaced(ops: Ops, **functions: Callable) -> Iterator[None]:
-    """`ops` with other functions under these names, for all who hold it."""
-    vars(ops).update(functions)
+def _replaced(held: Any, **others: Any) -> Iterator[None]:
+    """An object with other functions or values under these names, for all who hold it."""
+    before = {name: vars(held)[name] for name in others if name in vars(held)}
+    vars(held).update(others)
     try:
         yield
     finally:
-        for name in functions:
-            delattr(ops, name)
+        for name in others:
+            delattr(held, name)
+        vars(held).update(before)
 
 
 def _calls_of(ops: Ops, step: Callable[[], Any]) -> list[_Call]:

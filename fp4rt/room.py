@@ -63,6 +63,7 @@ def reserve_workspace(ops: Ops, decoder: Any, plan: Plan, room: int, step_tokens
         tokens, sequences = min(step_tokens, room), plan.sequences
         step(tokens, 1, min(LOGITS_ROWS, tokens))                       # a prompt, and its logits
         step(sequences, sequences, sequences)                           # as many sequences as may run
+        sequences += 1  # a recorded step has one more at most
         step(max(min(step_tokens, sequences * room), 2 * sequences), sequences, sequences)  # prompts beside them
 
     return ops.reserve(widest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,7 @@ def test_bad_prompts(llm: fp4rt.LLM, prompt: list, message: str):
         llm.generate(prompt)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("scale", ["block", "global"])
 def test_logits_that_are_not_finite_name_the_layer(tmp_path: Path, scale: str):
     """A NaN weight ends in an error that names the layer it came from, not in text."""
@@ -124,6 +126,15 @@ def test_logits_that_are_not_finite_name_the_layer(tmp_path: Path, scale: str):
             broken.generate([1, 2, 3], greedy(3))
         with pytest.raises(fp4rt.Fp4rtError, match=r"model\.layers\.1"):
             broken.logits([1, 2, 3])
+        assert broken.engine.cache.empty
+
+    async def score() -> None:
+        with fp4rt.AsyncLLM.load(str(target), device="reference", max_model_len=64) as served:
+            async for _ in served.submit([1, 2, 3], greedy(3), prompt_logprobs=True):
+                pass
+
+    with pytest.raises(fp4rt.Fp4rtError, match=r"model\.layers\.1"):
+        asyncio.run(asyncio.wait_for(score(), 20))
 
 
 class Watched:
@@ -142,7 +153,7 @@ class Watched:
 def watched(monkeypatch: pytest.MonkeyPatch):
     """An engine that runs three steps ahead; `reads`: of each read step, how many followed it, and who could go on."""
     with fp4rt.load(CHECKPOINT, device="reference", max_model_len=256, kv_tokens=2048, max_num_seqs=6,
-                    max_num_batched_tokens=40) as llm:
+                    max_num_batched_tokens=80) as llm:
         engine, ops, model = llm.engine, llm.ops, llm.engine.model
         engine.steps, engine.reads = 0, []
 
@@ -175,6 +186,7 @@ def test_no_step_is_awaited_while_another_could_be_launched(watched: fp4rt.LLM):
         if waiting and count % 9 == 0:
             engine.submit(waiting.pop(0))
     assert not waiting and all(s.finish_reason == "length" for s in sequences)
+    assert any(recorded and sizes.tokens > sizes.sequences for sizes, recorded in engine._recorded.items())
     assert engine.steps > 100 and all(since > 0 for since, able in engine.reads if able)
     for sequence in sequences:
         watched.ops.lookahead = 0

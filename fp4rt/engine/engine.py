@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,77 +22,94 @@ from fp4rt.sampling import MAX_LOGPROBS, Sampling
 LEASE = 256          # decode steps that run on pages and settings put on the device once
 UNGUESSED = 4        # of them where nothing could be guessed, before the host looks again: it costs the device a wait
 LARGE = 256          # tokens of a step that takes so long that beginning the next one before it ends would gain nothing
-RECORDED = 16        # recorded decode steps that are kept, for numbers of sequences and pages
+SMALL = 512          # tokens of a step that the host takes longer to launch than the device to compute: it is recorded
+ROUND = 64           # so many tokens more than the next smaller one, unless it only decodes
+RECORDED = 48        # recorded steps that are kept
 SHORTEST_TABLE = 16  # pages of a sequence that a step is recorded for at least
 
 Event = tuple[Sequence, int]
 
 
-def make_batch(step: Step, rows: list[int], size: int | None = None, table_width: int | None = None,
-               drawn: Mapping[int, int] | None = None) -> Batch:
-    """The Batch of a planned step; padded to `size` one-token sequences on page 0 and to the page tables' width.
+def make_batch(step: Step, rows: list[int] | None = None, size: int | None = None, table_width: int | None = None,
+               tokens: int | None = None, drawn: Mapping[int, int] | None = None) -> Batch:
+    """The Batch of a planned step, padded to so many sequences on page 0, pages in a table, and tokens in all.
 
-    drawn: by a sequence's id(), the row of the step before in which it drew the token that the host does not know yet.
+    rows: whose logits are wanted; None for the last token of each sequence. drawn: by a sequence's id(), the row of the
+    step before in which it drew the token that the host does not know yet.
     """
-    size = size or len(step)
+    ids, positions, lengths, starts = [], [], [], [0]
     width = table_width or max(len(pages) for sequence, _ in step for pages in sequence.held.pages)
-    pages = np.zeros((len(step[0][0].held.pages), size, width), np.int32)
-    tokens, positions, lengths = [], [], []
-    starts = [0]
+    pages = np.zeros((len(step[0][0].held.pages), size or len(step), width), np.int32)
     for s, (sequence, count) in enumerate(step):
         first = sequence.remembered
-        tokens += ([-1 - drawn[id(sequence)]] if sequence.ahead
-                   else (sequence.ids[first:first + count] + sequence.drafts)[:count])
+        ids += ([-1 - drawn[id(sequence)]] if sequence.ahead
+                else (sequence.ids[first:first + count] + sequence.drafts)[:count])
         positions += range(first, first + count)
         lengths.append(first + count)
         starts.append(starts[-1] + count)
         for group, held in enumerate(sequence.held.pages):
             pages[group, s, :len(held)] = held
-    padded = size - len(step)
-    starts += range(starts[-1] + 1, starts[-1] + padded + 1)
-    return Batch(*(np.array(values, np.int32) for values in (
-        tokens + [0] * padded, positions + [0] * padded, starts, lengths + [1] * padded)), pages,
-        np.array([sequence.held.slot for sequence, _ in step] + [0] * padded, np.int32),
-        np.array(rows + list(range(len(tokens), len(tokens) + padded)), np.int32))
+    padded = (size or len(step)) - len(step)
+    for left in reversed(range(padded)):
+        count = 1 if left or tokens is None else tokens - starts[-1]  # the last one takes all that are left
+        ids += [0] * count
+        positions += range(count)
+        lengths.append(count)
+        starts.append(starts[-1] + count)
+    slots = [sequence.held.slot for sequence, _ in step] + [0] * padded
+    rows = [end - 1 for end in starts[1:]] if rows is None else rows
+    ids, positions, starts, lengths, slots, rows = (np.array(values, np.int32) for values in (
+        ids, positions, starts, lengths, slots, rows))
+    return Batch(ids, positions, starts, lengths, pages, slots, rows)
 
 
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-class Decode:
-    """A recorded decode step for up to `size` sequences of up to `width` pages: it feeds itself its own tokens.
+class Sizes(NamedTuple):
+    """What a recorded step has room for: sequences, pages of each, tokens in all; told: with log-probabilities."""
+
+    sequences: int
+    pages: int
+    tokens: int
+    told: bool
+
+
+class Recorded:
+    """A recorded step that draws after each sequence's last token; one that decodes feeds itself its own tokens.
 
     `replay` launches it once more: the drawn ids and, if `told`, their log-probabilities as Ops.logprobs gives them.
     """
 
-    def __init__(self, engine: Engine, sequences: list[Sequence], size: int, width: int, told: bool):
-        self._engine, self._size, self._width, self._batch = engine, size, width, None
-        self.refill(sequences)
+    def __init__(self, engine: Engine, sizes: Sizes, step: Step, drawing: list[Sequence | None]):
+        self._engine, self._sizes, self._batch = engine, sizes, None
+        self.refill(step, drawing)
         ops = engine.ops
 
-        def step() -> tuple[Any, Any]:
+        def run() -> tuple[Any, Any]:
             logits = engine.model(self._batch, engine.cache.layers)
             ids = ops.sample(logits, engine.sampler)
-            ops.advance(self._batch, ids)
-            return ids, ops.logprobs(logits, ids, engine.most_logprobs) if told else None
+            if sizes.tokens == sizes.sequences:
+                ops.advance(self._batch, ids)
+            return ids, ops.logprobs(logits, ids, engine.most_logprobs) if sizes.told else None
 
-        self.replay = ops.record(step)
+        self.replay = ops.record(run)
 
-    def refill(self, sequences: list[Sequence]) -> None:
-        step = [(sequence, 1) for sequence in sequences]
-        self._batch = self._engine.put(step, sequences, list(range(len(step))), self._size, self._width, self._batch)
+    def refill(self, step: Step, drawing: list[Sequence | None]) -> None:
+        self._batch = self._engine.put(step, drawing, None, self._sizes[:3], self._batch)
 
 
 @dataclass(frozen=True)
 class Flight:
     """A step that has been launched and not been read.
 
-    sequences: those that draw: one token, and one more after each of their drafts, in the order of the rows. ids: the
-    drawn ones, on the device until the next step draws. drawn, told: they and their log-probabilities on their way.
+    sequences: those that draw: one token, and one more after each of their drafts, in the order of the rows; None for
+    a row that means nothing. ids: the drawn ones, on the device until the next step draws. drawn, told: they and their
+    log-probabilities on their way.
     """
 
-    sequences: list[Sequence]
+    sequences: list[Sequence | None]
     ids: Any
     drawn: Pending
     told: Pending | None
@@ -109,11 +127,12 @@ class Engine:
         self.ops, self.model, self.cache = ops, model, cache
         self.scheduler = Scheduler(cache, max_sequences, step_tokens or ops.step_tokens, speculate)
         self.sampler = ops.sampler([GREEDY] * most_rows(max_sequences, speculate), model.config.vocab_size)
+        self.small = SMALL
         self.most_logprobs = min(MAX_LOGPROBS, model.config.vocab_size)
         self._arrivals: deque[Sequence] = deque()
         self._scores: deque[Iterator[None]] = deque()  # begun or to be begun, a chunk of the first between two steps
         self._flights: deque[Flight] = deque()
-        self._decodes: OrderedDict[tuple[int, int, bool], Decode] = OrderedDict()
+        self._recorded: OrderedDict[Sizes, Recorded | None] = OrderedDict()  # None: met once, and run as it was
 
     @property
     def busy(self) -> bool:
@@ -126,9 +145,8 @@ class Engine:
         nobody = Sequence([0], Sampling().resolve({}), 0, frozenset(), 2)
         nobody.held.pages = [[0] for _ in self.cache.plan.windows]
         for power in range(self.scheduler.max_sequences.bit_length() + 1):
-            key = min(1 << power, self.scheduler.max_sequences), SHORTEST_TABLE, False
-            if key not in self._decodes:
-                self._decodes[key] = Decode(self, [nobody], *key)
+            size = min(1 << power, self.scheduler.max_sequences)
+            self._record(Sizes(size, SHORTEST_TABLE, size, False), [(nobody, 1)], [None])
 
     def submit(self, sequence: Sequence) -> None:
         """Let a sequence take part from the next step on (any thread). Setting its finish_reason ends it."""
@@ -163,7 +181,11 @@ class Engine:
         """
         while True:
             while self._arrivals:
-                self.scheduler.add(self._arrivals.popleft())
+                sequence = self._arrivals.popleft()
+                if sequence.error is not None:  # its prompt could not be scored
+                    yield sequence, -1
+                else:
+                    self.scheduler.add(sequence)
             if self._scores and next(self._scores[0], self) is self:
                 self._scores.popleft()
             step = self.scheduler.plan()
@@ -186,21 +208,27 @@ class Engine:
         After a sequence's drafts a token is drawn, too, and after each of them: as long as what is drawn is what was
         drafted, the next one was drawn where it should be. What was remembered of the others is written again.
         """
-        drawing: list[Sequence] = []
-        rows: list[int] = []
-        for (sequence, count), end in zip(step, np.cumsum([count for _, count in step]).tolist()):
-            if sequence.remembered + count == sequence.length + len(sequence.drafts):
-                drawing.append(sequence)
-                rows += range(end - len(sequence.drafts) - 1, end)
-        logits = self.model(self.put(step, drawing, rows), self.cache.layers)
+        sequences = [sequence if sequence.remembered + count == sequence.length + len(sequence.drafts) else None
+                     for sequence, count in step]
+        drawing = [sequence for sequence in sequences if sequence is not None]
+        recorded = self._find(step, sequences)
+        if recorded is None:
+            ends = np.cumsum([count for _, count in step]).tolist()
+            rows = [row for sequence, end in zip(sequences, ends) if sequence is not None
+                    for row in range(end - len(sequence.drafts) - 1, end)]
+            logits = self.model(self.put(step, drawing, rows), self.cache.layers)
+            ids, told = logits, None
+            if drawing:
+                ids = self.ops.sample(logits, self.sampler)
+                most = [sequence.top_logprobs for sequence in drawing if sequence.top_logprobs is not None]
+                told = self.ops.logprobs(logits, ids, max(most)) if most else None
+            del logits
+        else:
+            drawing = sequences
+            ids, told = recorded.replay()
         for sequence, count in step:
             sequence.remembered += count
-        if drawing:
-            ids = self.ops.sample(logits, self.sampler)
-            most = [sequence.top_logprobs for sequence in drawing if sequence.top_logprobs is not None]
-            self._launched(drawing, ids, self.ops.logprobs(logits, ids, max(most)) if most else None)
-        else:
-            self._launched([], logits)
+        self._launched(drawing, ids, told)
         yield from self._failed(drawing)
         large = others and sum(count for _, count in step) > LARGE
         yield from self._read(0 if large else min(self._unread(), 1))
@@ -208,7 +236,7 @@ class Engine:
     def _decode(self, sequences: list[Sequence]) -> Iterator[Event]:
         """Steps of one token for each sequence, until one of them ends, another arrives, or pages run out."""
         steps = self._lease(sequences)
-        decode = self._recorded(sequences)
+        decode = self._find([(sequence, 1) for sequence in sequences], sequences)
         yield from self._failed(sequences)
         for left in reversed(range(steps)):
             for sequence in sequences:
@@ -245,51 +273,74 @@ class Engine:
             return 0
         return min(self.ops.lookahead, 1) if awaited else self.ops.lookahead
 
-    def _recorded(self, sequences: list[Sequence]) -> Decode:
-        """The recorded step for this many sequences and pages, filled with these."""
+    def _find(self, step: Step, drawing: list[Sequence | None]) -> Recorded | None:
+        """The recorded step of these sizes, filled with this one; None for one that is better run as it is."""
+        count, tokens = len(step), sum(count for _, count in step)
         exact = self.ops.lookahead == 0  # nothing is captured: padding would only cost
-        size = len(sequences) if exact else min(_power_of_two(len(sequences)), self.scheduler.max_sequences)
-        pages = max(len(pages) for sequence in sequences for pages in sequence.held.pages)
-        width = pages if exact else _power_of_two(max(pages, SHORTEST_TABLE))
-        key = size, width, any(sequence.top_logprobs is not None for sequence in sequences)
-        decode = self._decodes.pop(key, None)
-        if decode is None:
-            decode = Decode(self, sequences, *key)
-        else:
-            decode.refill(sequences)
+        width = max(len(pages) for sequence, _ in step for pages in sequence.held.pages)
         if not exact:
-            self._decodes[key] = decode
-            if len(self._decodes) > RECORDED:
-                self.ops.synchronize()  # it may be under way
-                self._decodes.popitem(last=False)
-        return decode
+            width = _power_of_two(max(width, SHORTEST_TABLE))
+        told = any(sequence is not None and sequence.top_logprobs is not None for sequence in drawing)
+        if all(sequence.decoding and not sequence.drafts for sequence, _ in step):
+            size = count if exact else min(_power_of_two(count), self.scheduler.max_sequences)
+            sizes = Sizes(size, width, size, told)
+        else:
+            size = min(_power_of_two(count + 1), self.scheduler.max_sequences + 1)  # one takes what tokens are left
+            tokens = -(-(tokens + size - count) // ROUND) * ROUND
+            if exact or tokens > min(self.small, self.scheduler.step_tokens) or any(s.drafts for s, _ in step):
+                return None
+            sizes = Sizes(size, width, tokens, told)
+            if sizes not in self._recorded:
+                self._keep(sizes, None)
+                return None
+        found = self._recorded.get(sizes)
+        if found is None:
+            return self._record(sizes, step, drawing)
+        found.refill(step, drawing)
+        self._recorded.move_to_end(sizes)
+        return found
 
-    def put(self, step: Step, drawing: list[Sequence], rows: list[int], size: int | None = None,
-            table_width: int | None = None, into: Any = None) -> Any:
-        """Put a planned step's batch (see make_batch), and how `drawing` draw on these rows, where the step finds them.
+    def _record(self, sizes: Sizes, step: Step, drawing: list[Sequence | None]) -> Recorded:
+        recorded = Recorded(self, sizes, step, drawing)
+        if self.ops.lookahead:
+            self._keep(sizes, recorded)
+        return recorded
 
-        `into`: a batch of the same sizes, which is overwritten.
+    def _keep(self, sizes: Sizes, recorded: Recorded | None) -> None:
+        self._recorded[sizes] = recorded
+        if len(self._recorded) > RECORDED:
+            self.ops.synchronize()  # it may be under way
+            self._recorded.popitem(last=False)
+
+    def put(self, step: Step, drawing: list[Sequence | None], rows: list[int] | None,
+            sizes: tuple[int | None, int | None, int | None] = (None, None, None), into: Any = None) -> Any:
+        """Put a planned step's batch, and how `drawing` draw on these rows, where the step finds them; see make_batch.
+
+        sizes: sequences, pages in a table, and tokens to pad to. `into`: a batch of the same sizes, overwritten.
         """
         newest = self._flights[-1].sequences if self._flights else []
         drawn = {id(sequence): row for row, sequence in enumerate(newest)}
-        batch = self.ops.batch(make_batch(step, rows, size, table_width, drawn), into=into)
+        batch = self.ops.batch(make_batch(step, rows, *sizes, drawn), into=into)
         if any(sequence.ahead for sequence, _ in step):
             self.ops.feed(batch, self._flights[-1].ids)
-        settings = [self._sampler_row(s, drafts) for s in drawing for drafts in range(len(s.drafts) + 1)]
+        settings = [GREEDY if sequence is None else self._sampler_row(sequence, drafts) for sequence in drawing
+                    for drafts in range(len(sequence.drafts) + 1 if sequence is not None else 1)]
         if settings:
             self.ops.sampler(settings, self.model.config.vocab_size, into=self.sampler)
         return batch
 
-    def _launched(self, sequences: list[Sequence], ids: Any, told: Any = None) -> None:
+    def _launched(self, sequences: list[Sequence | None], ids: Any, told: Any) -> None:
+        """A step is on its way; ids: anything that it computes, where none are drawn."""
         for sequence in sequences:
-            sequence.ahead += 1
+            if sequence is not None:
+                sequence.ahead += 1
         told = told if told is None else self.ops.fetch(told)
-        self._flights.append(Flight(sequences, ids, self.ops.fetch(ids), told))
+        self._flights.append(Flight(sequences, ids if sequences else None, self.ops.fetch(ids), told))
 
     @staticmethod
-    def _failed(sequences: list[Sequence]) -> Iterator[Event]:
+    def _failed(sequences: list[Sequence | None]) -> Iterator[Event]:
         """Those whose grammar failed when their step was put together."""
-        return ((sequence, -1) for sequence in sequences if sequence.error is not None)
+        return ((sequence, -1) for sequence in sequences if sequence is not None and sequence.error is not None)
 
     def _read(self, most: int) -> Iterator[Event]:
         """Wait for the oldest steps, until `most` are left unread."""
@@ -299,8 +350,8 @@ class Engine:
             told = flight.told.result() if flight.told is not None else None
             row = 0
             for sequence in flight.sequences:
-                first, row = row, row + 1 + len(sequence.drafts)
-                if sequence.finish_reason is None:
+                first, row = row, row + 1 + (len(sequence.drafts) if sequence is not None else 0)
+                if sequence is not None and sequence.finish_reason is None:
                     sequence.ahead -= 1
                     if sequence.top_logprobs is None and not sequence.drafts:
                         yield self._accept(sequence, drawn[first])
@@ -379,55 +430,69 @@ class Engine:
         if self.busy:
             raise Fp4rtError("request", "logits cannot be asked for while sequences are being generated")
         logits = np.empty((len(ids), self.model.config.vocab_size), np.float32)
-        for first, part in self._prompt_logits(ids):
-            rows = self.ops.fetch(part).result()
-            logits[first:first + len(rows)] = rows
+        with self._prompt(ids) as prompt:
+            for first, part in self._prompt_logits(prompt):
+                rows = self.ops.fetch(part).result()
+                if not np.isfinite(rows).all():
+                    raise self._not_finite(prompt)
+                logits[first:first + len(rows)] = rows
         return logits
 
     def score(self, sequence: Sequence, top: int) -> None:
         """Fill sequence.prompt_logprobs, for its prompt's tokens but the first, and then submit it (any thread)."""
         def chunks() -> Iterator[None]:
-            ids = sequence.ids
+            unread: deque[tuple[list[int], Pending]] = deque()
+
+            def read() -> None:
+                following, pending = unread.popleft()
+                told = pending.result()
+                if np.isnan(told[:, 0]).any():
+                    raise self._not_finite(prompt)
+                sequence.prompt_logprobs += [TokenLogprobs.read(token, row, top) for token, row in zip(following, told)]
+
             try:
-                for first, part in self._prompt_logits(ids):
-                    if sequence.finish_reason:
-                        break
-                    if part is not None:
-                        following = ids[first + 1:first + 1 + len(part)]
-                        padded = np.array(following + [0] * (len(part) - len(following)), np.int32)
-                        told = self.ops.fetch(self.ops.logprobs(part, padded, top))
-                        sequence.prompt_logprobs += [TokenLogprobs.read(token, row, top)
-                                                     for token, row in zip(following, told.result())]
-                    yield
+                with self._prompt(sequence.ids) as prompt:
+                    for first, part in self._prompt_logits(prompt):
+                        if sequence.finish_reason:
+                            break
+                        if part is not None:
+                            following = prompt.ids[first + 1:first + 1 + len(part)]
+                            padded = np.array(following + [0] * (len(part) - len(following)), np.int32)
+                            unread.append((following, self.ops.fetch(self.ops.logprobs(part, padded, top))))
+                        del part  # its memory is for the steps that come between
+                        if len(unread) > 1:
+                            read()
+                        yield
+                    while unread and not sequence.finish_reason:
+                        read()
             except Fp4rtError as error:
                 sequence.fail(error)
             self.submit(sequence)
 
         self._scores.append(chunks())
 
-    def _prompt_logits(self, ids: list[int]) -> Iterator[tuple[int, Any]]:
-        """(first position, logits of a chunk from there), the logits None where it has to wait for room."""
-        sequence = Sequence(list(ids), None, 0, frozenset(), len(ids))
-        chunk = min(self.scheduler.step_tokens, LOGITS_ROWS)
+    @contextmanager
+    def _prompt(self, ids: list[int]) -> Iterator[Sequence]:
+        """A sequence whose prompt is looked at and not continued; what it holds is given back."""
+        prompt = Sequence(list(ids), Sampling(), 0, frozenset(), len(ids))
         try:
-            while not self.cache.has_slot:
-                yield 0, None
-            self.cache.take_slot(sequence.held)
-            while sequence.remembered < len(ids):
-                count = min(chunk, len(ids) - sequence.remembered)
-                self.cache.trim(sequence.held, sequence.remembered)
-                while not self.cache.grow(sequence.held, sequence.remembered + count):
-                    if not self.scheduler.running:
-                        raise Fp4rtError("memory", f"{len(ids)} tokens do not fit the K/V cache of "
-                                                   f"{self.cache.tokens} tokens")
-                    yield sequence.remembered, None
-                batch = self.ops.batch(make_batch([(sequence, count)], list(range(count))))
-                part = self.model(batch, self.cache.layers)
-                finite = self.ops.is_finite(part)
-                if finite:
-                    yield sequence.remembered, part
-                sequence.remembered += count
-                if not finite:
-                    raise self._not_finite(sequence)
+            yield prompt
         finally:
-            self.cache.give_back(sequence.held)
+            self.cache.give_back(prompt.held)
+
+    def _prompt_logits(self, prompt: Sequence) -> Iterator[tuple[int, Any]]:
+        """(first position, logits of a chunk from there), the logits None where it has to wait for room."""
+        total, chunk = len(prompt.ids), min(self.scheduler.step_tokens, LOGITS_ROWS)
+        while not self.cache.has_slot:
+            yield 0, None
+        self.cache.take_slot(prompt.held)
+        while (first := prompt.remembered) < total:
+            count = min(chunk, total - first)
+            self.cache.trim(prompt.held, first)
+            while not self.cache.grow(prompt.held, first + count):
+                if not self.scheduler.running:
+                    raise Fp4rtError("memory", f"{total} tokens do not fit the K/V cache of {self.cache.tokens} tokens")
+                yield first, None
+            batch = self.ops.batch(make_batch([(prompt, count)], list(range(count))))
+            prompt.remembered += count
+            yield first, self.model(batch, self.cache.layers)

@@ -14,8 +14,8 @@ LOGITS_ROWS = 64                   # of a prompt, or of tokens and guesses, whos
 
 
 def most_rows(max_sequences: int, speculate: int) -> int:
-    """Of logits that one step draws from."""
-    return max_sequences + (LOGITS_ROWS if speculate else 0)
+    """Of logits that one step draws from: a recorded one may have a row that means nothing."""
+    return max_sequences + (LOGITS_ROWS if speculate else 1)
 
 
 class Scheduler:

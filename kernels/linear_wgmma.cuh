@@ -58,6 +58,7 @@ __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, c
 
     if (warp >= GROUPS * 4) {
         fewer_registers<BLOCKS == 1 ? 40 : 32>();  // of 168 or 80 that each thread begins with
+        const unsigned long long policy = evict_first();
         auto bring_weights = [&](int tile, const int4& part, int kt, int stage) {
             const size_t expert = (size_t)part.x * row_tiles;
 #pragma unroll
@@ -67,7 +68,7 @@ __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, c
                 unsigned char* to = packed + stage * W_BYTES + i * Tile::BYTES + lane * 16;
 #pragma unroll
                 for (int c = 0; c < Tile::BYTES; c += 512)
-                    if (c + 512 <= Tile::BYTES || lane * 16 < Tile::BYTES - c) copy_async(to + c, from + c, 16);
+                    if (c + 512 <= Tile::BYTES || lane * 16 < Tile::BYTES - c) copy_async(to + c, from + c, policy);
             }
             mbarrier_arrive_copied(full + stage * 8);
         };

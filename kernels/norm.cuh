@@ -46,21 +46,3 @@ __device__ __forceinline__ uint2 normed(float4 x, float scale, float4 weight) {
     return make_uint2(as_bits(__floats2half2_rn(x.x * scale * weight.x, x.y * scale * weight.y)),
                       as_bits(__floats2half2_rn(x.z * scale * weight.z, x.w * scale * weight.w)));
 }
-
-// A whole block norms one row to fp16 and returns what it was divided by. weight may be null (ones); `squares`:
-// [BLOCK / 32] in shared memory; put(i, four) stores columns 4i .. 4i + 3 of rows of a multiple of four, others go to y.
-template <int BLOCK, class Put>
-__device__ __forceinline__ float norm_row(const float* x, const float* weight, __half* y, int d, float eps,
-                                          float factor, float* squares, Put put) {
-    squares[threadIdx.x / 32] = warp_squares<BLOCK>(x, d);
-    __syncthreads();
-    const float length = row_length<BLOCK / 32>(squares, 1, d, eps), scale = factor / length;
-    const int quads = d % 4 ? 0 : d / 4;
-    for (int i = threadIdx.x; i < quads; i += BLOCK) {
-        const float4 w = weight ? reinterpret_cast<const float4*>(weight)[i] : make_float4(1, 1, 1, 1);
-        put(i, normed(reinterpret_cast<const float4*>(x)[i], scale, w));
-    }
-    for (int i = 4 * quads + threadIdx.x; i < d; i += BLOCK)
-        y[i] = __float2half_rn(x[i] * scale * (weight ? weight[i] : 1.0f));
-    return length;
-}

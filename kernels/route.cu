@@ -4,8 +4,13 @@
 #include "dense.cuh"
 #include "norm.cuh"
 
-constexpr int WARPS = 4, THREADS = WARPS * 32;
-constexpr int TOKENS = WARPS;  // of a block of `route_few`: a warp chooses for each
+constexpr int WARPS = 8, THREADS = WARPS * 32;  // of a block of `route_few`
+constexpr int PARTS = 8;                         // its blocks for a token: where there are clusters, one
+#if __CUDA_ARCH__ >= 900
+#define IN_CLUSTERS __cluster_dims__(PARTS)
+#else
+#define IN_CLUSTERS
+#endif
 
 struct Rule {
     const float* correction;    // [experts] or null
@@ -17,10 +22,10 @@ struct Rule {
     __device__ __forceinline__ int shared_words() const { return 2 * experts + groups + top_k; }
 };
 
-// The order of floats as that of whole numbers; 0 is a NaN, which is below all.
+// The order of floats as that of whole numbers above 0; a NaN is below all.
 __device__ __forceinline__ unsigned ordered(float x) {
     const unsigned bits = __float_as_uint(x + 0.0f);  // -0 is 0
-    return isnan(x) ? 0 : bits >> 31 ? ~bits : bits | 0x80000000u;
+    return isnan(x) ? 1 : bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
 __device__ __forceinline__ unsigned warp_max(unsigned value) {
@@ -34,12 +39,12 @@ __device__ __forceinline__ unsigned warp_max(unsigned value) {
 }
 
 // One warp, for one token. `shared`: the logits [experts], then room for what `shared_words` says. All sums in a fixed
-// order; of equal scores the lowest index; a NaN is never chosen.
+// order; of equal scores the lowest index; a NaN last, so that ids are distinct whatever the logits.
 __device__ __forceinline__ void choose(const Rule& rule, float* shared, int* ids, float* weights) {
     const int experts = rule.experts, groups = rule.groups, lane = threadIdx.x % 32;
     float *const scores = shared, *const ranked = scores + experts, *const best_two = ranked + experts;
     int* const chosen = reinterpret_cast<int*>(best_two + groups);
-    const float infinity = __int_as_float(0x7f800000), nan = __int_as_float(0x7fffffff);
+    const float infinity = __int_as_float(0x7f800000);
 
     float most = -infinity, sum = 0.0f;
     if (!rule.sigmoid) {
@@ -80,26 +85,27 @@ __device__ __forceinline__ void choose(const Rule& rule, float* shared, int* ids
         }
     }
 
+    for (int e = lane; e < experts; e += 32) ranked[e] = __uint_as_float(ordered(ranked[e]));  // 0 once it is taken
     unsigned best = 0;  // of this lane's own, and where
     int at = 0;
     auto look = [&]() {
         best = 0;
         for (int e = lane; e < experts; e += 32)
-            if (const unsigned one = ordered(ranked[e]); one > best) best = one, at = e;
+            if (const unsigned one = __float_as_uint(ranked[e]); one > best) best = one, at = e;
     };
     look();
     float total = 0.0f;
     for (int slot = 0; slot < rule.top_k; slot++) {
         const unsigned top = warp_max(best);
-        const int index = top ? ~warp_max(best == top ? ~at : 0) : -1;  // none is left where logits are NaN
-        total += index < 0 ? nan : scores[index];
+        const int index = ~warp_max(best == top ? ~at : 0);
+        total += scores[index];
         if (lane == 0) chosen[slot] = index;
-        if (index >= 0 && index % 32 == lane) ranked[index] = nan, look();
+        if (index % 32 == lane) ranked[index] = 0.0f, look();
     }
     __syncwarp();
     for (int slot = lane; slot < rule.top_k; slot += 32) {
-        float weight = chosen[slot] < 0 ? nan : scores[chosen[slot]];  // any expert, and a weight that shows it
-        const int expert = max(chosen[slot], 0);
+        const int expert = chosen[slot];
+        float weight = scores[expert];
         if (rule.normalize) weight /= total + 1e-20f;
         weight *= rule.scaling;
         ids[slot] = expert;
@@ -115,7 +121,7 @@ __device__ __forceinline__ void choose(const Rule& rule, float* shared, int* ids
 // One warp per token. logits [T][experts]; ids, weights [T][top_k]. Dynamic shared memory: Rule::shared_words.
 extern "C" __global__ void __launch_bounds__(32)
     route(const float* logits, int* ids, float* weights, RULE_PARAMETERS) {
-    extern __shared__ float shared[];
+    extern __shared__ __align__(16) float shared[];
     const Rule rule = RULE;
     dependents_may_start();
     wait_for_predecessor();
@@ -123,162 +129,162 @@ extern "C" __global__ void __launch_bounds__(32)
     choose(rule, shared, ids + (size_t)blockIdx.x * top_k, weights + (size_t)blockIdx.x * top_k);
 }
 
-// 8 floats of a row of K from column k, zero past the end. `aligned`: K % 8 == 0.
-__device__ __forceinline__ void eight(float (&values)[8], const float* row, int k, int K, bool aligned) {
-    if (aligned) {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const float4 v = k < K ? reinterpret_cast<const float4*>(row + k)[i] : make_float4(0, 0, 0, 0);
-            values[4 * i] = v.x, values[4 * i + 1] = v.y, values[4 * i + 2] = v.z, values[4 * i + 3] = v.w;
-        }
-    } else {
-#pragma unroll
-        for (int i = 0; i < 8; i++) values[i] = k + i < K ? row[k + i] : 0.0f;
-    }
-}
-
-// Few tokens: x float32 [T][K] -> norm -> router -> choice. The router's tiles are spread over the chip, one for each
-// warp, and are read before the predecessor is done. A block sums 16 experts' products with WARPS tiles of x * norm for
-// TOKENS tokens and writes them to `partial`, [T][splits][row_tiles * 16 + 4], the squares of x behind them; which of a
-// token's blocks is done last (tickets [T / TOKENS], zero before and after) divides by the row's length and chooses. So
-// no block reads whole rows. A token's result depends on nothing but its own row.
+// Few tokens: x float32 [T][K] -> norm -> router -> choice, grid (PARTS, T). A token's blocks share out the tiles of 64
+// columns: block `part` takes tiles part, part + PARTS, ... of all experts, the first of which it reads before the
+// predecessor is done. What its columns add to the logits, and their squares, it hands to the token's first block, which
+// adds the parts and chooses: through shared memory in a cluster, else through `partial`, [T][PARTS][experts + 1], and
+// the block that is done last does it (tickets [T], zero before and after). A token's result depends on nothing but its
+// own row. On the way the row is normed as the experts take it: fp16 `normed_rows` [T][K], times factor.
 //
-// grid (row_tiles * splits + min(T, TOKENS), T / TOKENS rounded up); the blocks past row_tiles * splits norm a token
-// each, as the experts take it: fp16 `normed_rows` [T][K], times factor. Dynamic shared memory: TOKENS times Rule::shared_words.
-extern "C" __global__ void __launch_bounds__(THREADS)
-    route_few(const float* x, int tokens, int K, const float* __restrict__ norm, float eps,
-              const float* __restrict__ experts_norm, float experts_eps, float factor, __half* normed_rows,
-              const unsigned char* __restrict__ tiles, const float* __restrict__ row_scale,
-              const float* __restrict__ bias, int row_tiles, int splits, float* partial, int* tickets, int* ids,
-              float* weights, RULE_PARAMETERS) {
-    constexpr int STEPS = DENSE_K / 32, FRAGMENTS = 2 * STEPS, AT_ONCE = 12;
-    constexpr int SUMS = 17;  // of a token in a block: 16 experts, and the squares
-    extern __shared__ float shared[];
-    __shared__ float sums[WARPS][TOKENS][SUMS];
-    __shared__ int is_last;
+// Dynamic shared memory, floats: columns [tiles of a part][64], sums [row_tiles][tiles of a part][16], parts
+// [PARTS][experts + 1], Rule::shared_words.
+extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 2)
+    route_few(const float* x, int K, const float* __restrict__ norm, float eps, const float* __restrict__ experts_norm,
+              float experts_eps, float factor, __half* normed_rows, const unsigned char* __restrict__ tiles,
+              const float* __restrict__ row_scale, const float* __restrict__ bias, int row_tiles, float* partial,
+              int* tickets, int* ids, float* weights, RULE_PARAMETERS) {
+    constexpr int FRAGMENTS = DENSE_K / 16, HELD = 4 / WEIGHT_PLANES;  // HELD: a warp's tiles that are read ahead
+    extern __shared__ __align__(16) float shared[];
+    __shared__ float warp_squares[WARPS];
     const Rule rule = RULE;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int first = blockIdx.y * TOKENS, count = min(TOKENS, tokens - first), routing = row_tiles * splits;
-    const int stride = row_tiles * 16 + 4;
+    const int part = blockIdx.x, token = blockIdx.y, k_tiles = (K + DENSE_K - 1) / DENSE_K;
+    const int most = (k_tiles + PARTS - 1) / PARTS, own = max(0, (k_tiles - part + PARTS - 1) / PARTS);
+    const int tasks = row_tiles * own, stride = experts + 1;
+    float *const columns = shared, *const sums = columns + most * DENSE_K, *const inbox = sums + row_tiles * most * 16;
+    float* const scores = inbox + PARTS * stride;
+    auto column = [&](int i) { return (part + i / DENSE_K * PARTS) * DENSE_K + i % DENSE_K; };
+    x += (size_t)token * K;
     dependents_may_start();
-    if (blockIdx.x >= routing) {
-        wait_for_predecessor();
-        const int token = first + blockIdx.x - routing;
-        __half* const y = normed_rows + (size_t)token * K;
-        if (token < tokens)
-            norm_row<THREADS>(x + (size_t)token * K, experts_norm, y, K, experts_eps, factor, sums[0][0],
-                              [&](int i, uint2 four) { reinterpret_cast<uint2*>(y)[i] = four; });
-        return;
-    }
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
 
-    const int row_tile = blockIdx.x % row_tiles, split = blockIdx.x / row_tiles, kt = split * WARPS + warp;
-    const int k_tiles = (K + DENSE_K - 1) / DENSE_K, k = kt * DENSE_K + 8 * t;
-    const bool aligned = K % 8 == 0, mine = kt < k_tiles;
-    uint4 raw[WEIGHT_PLANES][FRAGMENTS];
-    float scale[STEPS][8];
-    const size_t at = (size_t)row_tile * k_tiles + min(kt, k_tiles - 1);
-    const unsigned char* tile = tiles + at * WEIGHT_PLANES * DENSE_PLANE;
+    uint4 raw[HELD][WEIGHT_PLANES * FRAGMENTS];
+    auto tile_of = [&](int task) {
+        return tiles + ((size_t)(task / own) * k_tiles + part + task % own * PARTS) * WEIGHT_PLANES * DENSE_PLANE;
+    };
+    auto load = [&](uint4 (&to)[WEIGHT_PLANES * FRAGMENTS], int task) {
+        const unsigned char* tile = tile_of(task);
 #pragma unroll
-    for (int p = 0; p < WEIGHT_PLANES; p++)
+        for (int i = 0; i < WEIGHT_PLANES * FRAGMENTS; i++) to[i] = load_once(tile + (i * 32 + lane) * 16);
+    };
 #pragma unroll
-        for (int i = 0; i < FRAGMENTS; i++) raw[p][i] = load_once(tile + p * DENSE_PLANE + (i * 32 + lane) * 16);
+    for (int h = 0; h < HELD; h++)
+        if (warp + h * WARPS < tasks) load(raw[h], warp + h * WARPS);
+#pragma unroll 1
+    for (int task = warp + HELD * WARPS; task < tasks; task += WARPS) {
+        const unsigned char* tile = tile_of(task);
 #pragma unroll
-    for (int step = 0; step < STEPS; step++) eight(scale[step], norm, k + 32 * step, K, aligned);
-    const int item = threadIdx.x / SUMS, row = threadIdx.x % SUMS;  // what this thread adds up: a token, an expert
-    const float unit = row < 16 ? row_scale[row_tile * 16 + row] : 1.0f;
-    if (blockIdx.x == 0)
-        for (int e = threadIdx.x * 32; e < experts; e += THREADS * 32) {
-            if (bias) prefetch(bias + e);
-            if (correction) prefetch(correction + e);
-            if (expert_scale) prefetch(expert_scale + e);
-        }
+        for (int p = 0; p < WEIGHT_PLANES; p++) prefetch(tile + p * DENSE_PLANE + lane * 64);
+    }
+    for (int i = threadIdx.x; i < own * DENSE_K; i += THREADS) columns[i] = column(i) < K ? norm[column(i)] : 0.0f;
+    for (int e = threadIdx.x; e < experts; e += THREADS) {  // for the block that chooses
+        scores[e] = row_scale[e], scores[experts + e] = bias ? bias[e] : 0.0f;
+        if (correction && e % 32 == 0) prefetch(correction + e);
+        if (expert_scale && e % 32 == 0) prefetch(expert_scale + e);
+    }
     wait_for_predecessor();
 
-    float low[TOKENS] = {}, high[TOKENS] = {}, squares[TOKENS] = {};
+    float squares = 0.0f;
+    for (int i = threadIdx.x; i < own * DENSE_K; i += THREADS) {
+        const float value = column(i) < K ? x[column(i)] : 0.0f;
+        columns[i] *= value;
+        squares = fmaf(value, value, squares);
+    }
+    squares = block_sum<WARPS>(squares, warp_squares);
+
+    auto multiply = [&](const uint4 (&tile)[WEIGHT_PLANES * FRAGMENTS], int task) {
+        const float4* values = reinterpret_cast<const float4*>(columns + task % own * DENSE_K);
+        float low = 0.0f, high = 0.0f;
 #pragma unroll
-    for (int step = 0; step < STEPS; step++) {
-        float rows[TOKENS][8];
-#pragma unroll
-        for (int token = 0; token < TOKENS; token++)
-            if (token < count)
-                eight(rows[token], x + (size_t)(first + token) * K, mine ? k + 32 * step : K, K, aligned);
-#pragma unroll
-        for (int m = 0; m < 2; m++) {
-            float w[2][4] = {};  // of rows g and g + 8, columns 4m .. 4m + 3
+        for (int i = 0; i < FRAGMENTS; i++) {  // four columns of rows g and g + 8
+            const float4 v = values[i / 2 * 8 + 2 * t + i % 2];
 #pragma unroll
             for (int p = 0; p < WEIGHT_PLANES; p++) {
-                const uint4 v = raw[p][2 * step + m];
-                const unsigned halves[2][2] = {{v.x, v.z}, {v.y, v.w}};
-#pragma unroll
-                for (int r = 0; r < 2; r++)
-#pragma unroll
-                    for (int q = 0; q < 2; q++) {
-                        const float2 two = __half22float2(as_half2(halves[r][q]));
-                        w[r][2 * q] += two.x, w[r][2 * q + 1] += two.y;
-                    }
+                const uint4 w = tile[p * FRAGMENTS + i];
+                const float2 a = __half22float2(as_half2(w.x)), b = __half22float2(as_half2(w.z));
+                const float2 c = __half22float2(as_half2(w.y)), d = __half22float2(as_half2(w.w));
+                low = fmaf(a.x, v.x, fmaf(a.y, v.y, fmaf(b.x, v.z, fmaf(b.y, v.w, low))));
+                high = fmaf(c.x, v.x, fmaf(c.y, v.y, fmaf(d.x, v.z, fmaf(d.y, v.w, high))));
             }
-#pragma unroll
-            for (int token = 0; token < TOKENS; token++)
-                if (token < count)
-#pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        const float own = rows[token][4 * m + i], value = own * scale[step][4 * m + i];
-                        low[token] = fmaf(w[0][i], value, low[token]);
-                        high[token] = fmaf(w[1][i], value, high[token]);
-                        squares[token] = fmaf(own, own, squares[token]);
-                    }
         }
-    }
-#pragma unroll
-    for (int token = 0; token < TOKENS; token++) {
-        if (token >= count) break;
 #pragma unroll
         for (int offset = 1; offset < 4; offset *= 2) {
-            low[token] += __shfl_xor_sync(~0u, low[token], offset);
-            high[token] += __shfl_xor_sync(~0u, high[token], offset);
-            squares[token] += __shfl_xor_sync(~0u, squares[token], offset);
+            low += __shfl_xor_sync(~0u, low, offset);
+            high += __shfl_xor_sync(~0u, high, offset);
         }
-        if (t == 0) sums[warp][token][g] = low[token], sums[warp][token][g + 8] = high[token];
-        if (lane == 0) sums[warp][token][16] = squares[token];
+        if (t == 0) sums[task * 16 + g] = low, sums[task * 16 + g + 8] = high;
+    };
+#pragma unroll 1
+    for (int task = warp; task < tasks;) {
+#pragma unroll
+        for (int h = 0; h < HELD; h++, task += WARPS) {
+            if (task >= tasks) break;
+            multiply(raw[h], task);
+            if (task + HELD * WARPS < tasks) load(raw[h], task + HELD * WARPS);
+        }
     }
     __syncthreads();
-    if (item < count) {
-        float sum = 0.0f;
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) sum += sums[w][item][row];
-        float* to = partial + ((size_t)(first + item) * splits + split) * stride;
-        if (row < 16) to[row_tile * 16 + row] = sum * unit;
-        else if (row_tile == 0) to[row_tiles * 16] = sum;
-    }
+
+    const float* parts = inbox;
+    int first = part, step = PARTS;  // the tiles of columns that this block norms for the experts
+    auto put = [&](float* to) {  // what this block has, as `to` has it for one part
+        for (int e = threadIdx.x; e < experts; e += THREADS) {
+            float sum = 0.0f;
+            for (int j = 0; j < own; j++) sum += sums[(e / 16 * own + j) * 16 + e % 16];
+            to[e] = sum;
+        }
+    };
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+    auto in_block = [](float* p, int rank) {
+        float* remote;
+        asm("mapa.u64 %0, %1, %2;" : "=l"(remote) : "l"(p), "r"(rank));
+        return remote;
+    };
+    put(in_block(inbox + part * stride, 0));
+    if (threadIdx.x < PARTS) in_block(inbox + part * stride, threadIdx.x)[experts] = squares;
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    const bool chooses = part == 0;
+#else
+    __shared__ int is_last;
+    float* const all = partial + (size_t)token * PARTS * stride;
+    put(all + part * stride);
+    if (threadIdx.x == 0) all[part * stride + experts] = squares;
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-        is_last = atomicAdd(&tickets[blockIdx.y], 1) == routing - 1;
-        if (is_last) tickets[blockIdx.y] = 0;
+        is_last = atomicAdd(&tickets[token], 1) == PARTS - 1;
+        if (is_last) tickets[token] = 0;
     }
     __syncthreads();
     if (!is_last) return;
     __threadfence();
-
-    for (int i = threadIdx.x; i < count * experts; i += THREADS) {
-        const int token = i / experts, e = i % experts;
-        const float* from = partial + (size_t)(first + token) * splits * stride;
-        float sum = 0.0f, total = 0.0f;
-        for (int base = 0; base < splits; base += AT_ONCE) {
-            float products[AT_ONCE], squared[AT_ONCE];
+    parts = all, first = 0, step = 1;
+    const bool chooses = true;
+#endif
+    float total = 0.0f;
 #pragma unroll
-            for (int s = 0; s < AT_ONCE; s++) {
-                const float* one = from + (base + s) * stride;
-                products[s] = base + s < splits ? __ldcg(one + e) : 0.0f;
-                squared[s] = base + s < splits ? __ldcg(one + row_tiles * 16) : 0.0f;
-            }
+    for (int p = 0; p < PARTS; p++) total += parts[p * stride + experts];
+    const float mean = total / K;
+    if (chooses) {
+        for (int e = threadIdx.x; e < experts; e += THREADS) {
+            float sum = 0.0f;
 #pragma unroll
-            for (int s = 0; s < AT_ONCE; s++) sum += products[s], total += squared[s];
+            for (int p = 0; p < PARTS; p++) sum += parts[p * stride + e];
+            scores[e] = sum * scores[e] / sqrtf(mean + eps) + scores[experts + e];
         }
-        shared[token * rule.shared_words() + e] = sum / sqrtf(total / K + eps) + (bias ? bias[e] : 0.0f);
+        __syncthreads();
+        if (warp == 0) {
+            choose(rule, scores, ids + (size_t)token * top_k, weights + (size_t)token * top_k);
+            return;
+        }
     }
-    __syncthreads();
-    if (warp < count)
-        choose(rule, shared + warp * rule.shared_words(), ids + (size_t)(first + warp) * top_k,
-               weights + (size_t)(first + warp) * top_k);
+    const float scale = factor / sqrtf(mean + experts_eps);
+    const int begin = chooses ? 32 : 0, threads = THREADS - begin;
+    for (int i = threadIdx.x - begin; i < (k_tiles - first + step - 1) / step * DENSE_K; i += threads) {
+        const int k = (first + i / DENSE_K * step) * DENSE_K + i % DENSE_K;
+        if (k < K) normed_rows[(size_t)token * K + k] = __float2half_rn(x[k] * scale * experts_norm[k]);
+    }
 }

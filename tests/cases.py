@@ -162,6 +162,7 @@ ROUTE = [
     *[RouteCase(t, 2880, Routing(32, 4), norm=True, bias=True) for t in (1, 8)],
     *[RouteCase(t, 2688, Routing(128, 6, "sigmoid", scaling=2.5), "F32", norm=True, correction=True) for t in (1, 6)],
     *[RouteCase(t, 99, Routing(20, 3, groups=5, groups_kept=2), norm=True) for t in (2, 8)],          # odd K
+    *[RouteCase(t, 1024, Routing(512, 22, "sigmoid", scaling=5.0), "F32", norm=True, correction=True) for t in (1, 8)],
     RouteCase(5, 64, Routing(8, 2, normalize=False)),
     RouteCase(5, 64, Routing(6, 6, groups=6, groups_kept=6)),
     RouteCase(3, 64, Routing(33, 32, "sigmoid", normalize=False)),

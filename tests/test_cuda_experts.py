@@ -130,6 +130,21 @@ def test_equal_scores_go_to_the_lowest_index(ops, fused: bool):  # noqa: F811
     np.testing.assert_array_equal(ops.fetch(choice.ids).result(), expected)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_logits_that_are_nan_choose_distinct_experts(ops, fused: bool, scoring: str):  # noqa: F811
+    """A weight that is NaN shows them, in their own row alone."""
+    weight = make_weight(np.random.default_rng(0), "BF16", 64, 32)
+    x = np.random.default_rng(1).standard_normal((3, 32)).astype(np.float32)
+    x[1, 7] = np.nan
+    given = residual_stream(ops, x) if fused else activation(ops, x)
+    choice = ops.route(given, ops.linear_weight([weight]), Routing(64, 8, scoring),
+                       norm=ops.norm_weight(np.ones(32, np.float32), 1e-5) if fused else None)
+    ids, weights = ops.fetch(choice.ids).result(), ops.fetch(choice.weights).result()
+    assert all(len(set(row)) == 8 and 0 <= min(row) and max(row) < 64 for row in ids.tolist())
+    assert np.isnan(weights[1]).all() and np.isfinite(weights[[0, 2]]).all()
+
+
 def routed(ops, case: RouteCase, rows: slice):  # noqa: F811
     """(ids, weights, normed rows) that a router gives to these rows alone."""
     weight, x, norm, correction, scale = case.build()

@@ -18,14 +18,13 @@ from fp4rt.ops.cuda.rms_norm import Norm, Normed
 from fp4rt.ops.cuda.tiles import FEW_TOKENS, Packed
 
 _MOST_EXPERTS = 4096                # whose scores fit shared memory everywhere
-_FEW_EXPERTS = 512                  # whose scores do for each token of a block of `route_few`
-_WARPS = _TOKENS = 4                # of such a block, as in kernels/route.cu
+_FEW_SHARED = 60 << 10              # bytes of it that a block of `route_few` may have, everywhere
+_PARTS, _THREADS = 8, 256           # blocks for a token and their threads, as in kernels/route.cu
 
 
 def variants(capability: int) -> list[tuple[str, dict[str, int], int]]:
     """Every (stem, defines, dynamic shared bytes) that this module may launch on an architecture."""
-    most = max(_shared(Routing(_MOST_EXPERTS, 64)), _TOKENS * _shared(Routing(_FEW_EXPERTS, _FEW_EXPERTS)))
-    return [("route", {"WEIGHT_PLANES": layout.planes}, most) for layout in (DENSE, DENSE_F32)]
+    return [("route", {"WEIGHT_PLANES": layout.planes}, _FEW_SHARED) for layout in (DENSE, DENSE_F32)]
 
 
 @dataclass(frozen=True)
@@ -73,10 +72,10 @@ def route(device: Device, x: cupy.ndarray | Activation, router: CudaLinear, rout
             int(routing.scoring == "sigmoid"), int(routing.normalize), float(routing.scaling), routing.groups,
             routing.groups_kept)
     normed = None
-    if (norm and packed.layout in (DENSE, DENSE_F32) and packed.prescale is None and experts <= _FEW_EXPERTS
-            and (tokens <= FEW_TOKENS or deterministic)):
+    if (norm and packed.layout in (DENSE, DENSE_F32) and packed.prescale is None
+            and _few_shared(packed, routing) <= _FEW_SHARED and (tokens <= FEW_TOKENS or deterministic)):
         normed = Normed(x, experts_norm)
-        _few(device, normed, packed, norm, ids, weights, rule, _shared(routing))
+        _few(device, normed, packed, norm, ids, weights, rule, _few_shared(packed, routing))
     else:
         if norm:
             normed = Normed(x, norm)  # of use to the experts if theirs is the same
@@ -93,19 +92,23 @@ def route(device: Device, x: cupy.ndarray | Activation, router: CudaLinear, rout
 def _few(device: Device, x: Normed, packed: Packed, norm: Norm, ids: cupy.ndarray, weights: cupy.ndarray, rule: tuple,
          shared: int) -> None:
     """The choices behind `norm`, and what x computes."""
-    tokens, k = x.shape
-    splits = -(-k // (packed.layout.tile_k * _WARPS))
-    y = x.room(device)
+    y, k = x.room(device), x.shape[1]
     kernel = device.kernel("route", "route_few", WEIGHT_PLANES=packed.layout.planes)
-    step = _TOKENS * packed.tickets.size
-    for rows in (slice(start, start + step) for start in range(0, tokens, step)):
+    step = packed.tickets.size
+    for rows in (slice(start, start + step) for start in range(0, x.shape[0], step)):
         given = x.x[rows]
-        count = given.shape[0]
-        partial = device.scratch((count, splits, packed.row_tiles * 16 + 4), np.float32)
-        kernel((packed.row_tiles * splits + min(count, _TOKENS), -(-count // _TOKENS)), 32 * _WARPS, given, count, k,
-               norm.weight, norm.eps, x.norm.weight, x.norm.eps, math.ldexp(1.0, -x.exponent), y.data[rows],
-               packed.tiles, packed.row_scale, packed.bias, packed.row_tiles, splits, partial, packed.tickets, ids[rows],
-               weights[rows], *rule, shared=shared * min(count, _TOKENS), pdl=True)
+        tokens, experts = given.shape[0], packed.features
+        partial = None if device.has_pdl else device.scratch((tokens, _PARTS, experts + 1), np.float32)
+        kernel((_PARTS, tokens), _THREADS, given, k, norm.weight, norm.eps, x.norm.weight, x.norm.eps,
+               math.ldexp(1.0, -x.exponent), y.data[rows], packed.tiles, packed.row_scale, packed.bias,
+               packed.row_tiles, partial, packed.tickets, ids[rows], weights[rows], *rule, shared=shared, pdl=True)
+
+
+def _few_shared(packed: Packed, routing: Routing) -> int:
+    """Columns and sums of a part, every part's sums, and what a choice takes: 4 bytes each."""
+    tiles = -(-packed.in_features // (packed.layout.tile_k * _PARTS))
+    floats = tiles * packed.layout.tile_k + packed.row_tiles * tiles * 16 + _PARTS * (packed.features + 1)
+    return 4 * floats + _shared(routing)
 
 
 def _shared(routing: Routing) -> int:

@@ -4,8 +4,8 @@
 #include "dense.cuh"
 #include "norm.cuh"
 
-constexpr int WARPS = 8, THREADS = WARPS * 32;  // of a block of `route_few`
-constexpr int PARTS = 8;                         // its blocks for a token: where there are clusters, one
+constexpr int WARPS = 8, THREADS = WARPS * 32;
+constexpr int PARTS = 8;  // blocks of `route_few` for a token: where there are clusters, one
 #if __CUDA_ARCH__ >= 900
 #define IN_CLUSTERS __cluster_dims__(PARTS)
 #else
@@ -18,8 +18,6 @@ struct Rule {
     int experts, top_k, sigmoid, normalize;
     float scaling;
     int groups, groups_kept;
-
-    __device__ __forceinline__ int shared_words() const { return 2 * experts + groups + top_k; }
 };
 
 // The order of floats as that of whole numbers above 0; a NaN is below all.
@@ -28,45 +26,48 @@ __device__ __forceinline__ unsigned ordered(float x) {
     return isnan(x) ? 1 : bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-__device__ __forceinline__ unsigned warp_max(unsigned value) {
-#if __CUDA_ARCH__ >= 800
-    return __reduce_max_sync(~0u, value);
-#else
+// A block's maximum or sum in all its threads; call with all of them, once for each `shared` [WARPS].
+template <class Combine> __device__ __forceinline__ float of_block(float value, float* shared, Combine combine) {
 #pragma unroll
-    for (int offset = 16; offset; offset /= 2) value = max(value, __shfl_xor_sync(~0u, value, offset));
+    for (int offset = 16; offset; offset /= 2) value = combine(value, __shfl_xor_sync(~0u, value, offset));
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
+    __syncthreads();
+    value = shared[0];
+#pragma unroll
+    for (int w = 1; w < WARPS; w++) value = combine(value, shared[w]);
     return value;
-#endif
 }
 
-// One warp, for one token. `shared`: the logits [experts], then room for what `shared_words` says. All sums in a fixed
-// order; of equal scores the lowest index; a NaN last, so that ids are distinct whatever the logits.
+// A block, for one token. `shared`: 2 * experts + groups + top_k words, the first of which are the logits: thread
+// e % THREADS wrote that of expert e. All sums in a fixed order; of equal scores the lowest index; a NaN last, so that ids
+// are distinct whatever the logits.
 __device__ __forceinline__ void choose(const Rule& rule, float* shared, int* ids, float* weights) {
-    const int experts = rule.experts, groups = rule.groups, lane = threadIdx.x % 32;
+    __shared__ float maxima[WARPS], totals[WARPS];
+    const int experts = rule.experts, groups = rule.groups;
     float *const scores = shared, *const ranked = scores + experts, *const best_two = ranked + experts;
     int* const chosen = reinterpret_cast<int*>(best_two + groups);
     const float infinity = __int_as_float(0x7f800000);
 
     float most = -infinity, sum = 0.0f;
     if (!rule.sigmoid) {
-        for (int e = lane; e < experts; e += 32) most = fmaxf(most, scores[e]);
-#pragma unroll
-        for (int offset = 16; offset; offset /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, offset));
+        for (int e = threadIdx.x; e < experts; e += THREADS) most = fmaxf(most, scores[e]);
+        most = of_block(most, maxima, [](float x, float y) { return fmaxf(x, y); });
     }
-    for (int e = lane; e < experts; e += 32) {
+    for (int e = threadIdx.x; e < experts; e += THREADS) {
         const float score = rule.sigmoid ? 1.0f / (1.0f + expf(-scores[e])) : expf(scores[e] - most);
         scores[e] = score;
         sum += score;
     }
-    if (!rule.sigmoid) sum = warp_sum(sum);
-    for (int e = lane; e < experts; e += 32) {
+    if (!rule.sigmoid) sum = of_block(sum, totals, [](float x, float y) { return x + y; });
+    for (int e = threadIdx.x; e < experts; e += THREADS) {
         if (!rule.sigmoid) scores[e] /= sum;
         ranked[e] = rule.correction ? scores[e] + rule.correction[e] : scores[e];
     }
-    __syncwarp();
 
     if (groups > 1) {
+        __syncthreads();
         const int size = experts / groups;
-        for (int group = lane; group < groups; group += 32) {
+        for (int group = threadIdx.x; group < groups; group += THREADS) {
             float first = -infinity, second = -infinity;
             for (int e = group * size; e < (group + 1) * size; e++) {
                 if (ranked[e] > first) second = first, first = ranked[e];
@@ -74,9 +75,9 @@ __device__ __forceinline__ void choose(const Rule& rule, float* shared, int* ids
             }
             best_two[group] = size > 1 ? first + second : first;
         }
-        __syncwarp();
+        __syncthreads();
         // A group is kept if fewer than groups_kept others are before it.
-        for (int e = lane; e < experts; e += 32) {
+        for (int e = threadIdx.x; e < experts; e += THREADS) {
             const int own = e / size;
             int ahead = 0;
             for (int group = 0; group < groups; group++)
@@ -85,25 +86,24 @@ __device__ __forceinline__ void choose(const Rule& rule, float* shared, int* ids
         }
     }
 
-    for (int e = lane; e < experts; e += 32) ranked[e] = __uint_as_float(ordered(ranked[e]));  // 0 once it is taken
-    unsigned best = 0;  // of this lane's own, and where
-    int at = 0;
-    auto look = [&]() {
-        best = 0;
-        for (int e = lane; e < experts; e += 32)
-            if (const unsigned one = __float_as_uint(ranked[e]); one > best) best = one, at = e;
-    };
-    look();
-    float total = 0.0f;
-    for (int slot = 0; slot < rule.top_k; slot++) {
-        const unsigned top = warp_max(best);
-        const int index = ~warp_max(best == top ? ~at : 0);
-        total += scores[index];
-        if (lane == 0) chosen[slot] = index;
-        if (index % 32 == lane) ranked[index] = 0.0f, look();
+    for (int e = threadIdx.x; e < experts; e += THREADS) ranked[e] = __uint_as_float(ordered(ranked[e]));
+    __syncthreads();
+    // An expert's place is how many are before it. Two threads count for each.
+    for (int first = 0; first < experts; first += THREADS / 2) {
+        const int e = first + threadIdx.x / 2;
+        const unsigned own = e < experts ? __float_as_uint(ranked[e]) : 0;
+        int place = 0;
+#pragma unroll 8
+        for (int other = threadIdx.x % 2; other < experts; other += 2)
+            place += __float_as_uint(ranked[other]) > own - (other < e);
+        place += __shfl_xor_sync(~0u, place, 1);
+        if (e < experts && place < rule.top_k && threadIdx.x % 2 == 0) chosen[place] = e;
     }
-    __syncwarp();
-    for (int slot = lane; slot < rule.top_k; slot += 32) {
+    __syncthreads();
+    float total = 0.0f;
+    if (rule.normalize && threadIdx.x < rule.top_k)
+        for (int slot = 0; slot < rule.top_k; slot++) total += scores[chosen[slot]];
+    for (int slot = threadIdx.x; slot < rule.top_k; slot += THREADS) {
         const int expert = chosen[slot];
         float weight = scores[expert];
         if (rule.normalize) weight /= total + 1e-20f;
@@ -118,26 +118,26 @@ __device__ __forceinline__ void choose(const Rule& rule, float* shared, int* ids
         float scaling, int groups, int groups_kept
 #define RULE {correction, expert_scale, experts, top_k, sigmoid, normalize, scaling, groups, groups_kept}
 
-// One warp per token. logits [T][experts]; ids, weights [T][top_k]. Dynamic shared memory: Rule::shared_words.
-extern "C" __global__ void __launch_bounds__(32)
+// One block per token. logits [T][experts]; ids, weights [T][top_k]. Dynamic shared memory: as `choose` wants it.
+extern "C" __global__ void __launch_bounds__(THREADS)
     route(const float* logits, int* ids, float* weights, RULE_PARAMETERS) {
     extern __shared__ __align__(16) float shared[];
     const Rule rule = RULE;
     dependents_may_start();
     wait_for_predecessor();
-    for (int e = threadIdx.x; e < experts; e += 32) shared[e] = logits[(size_t)blockIdx.x * experts + e];
+    for (int e = threadIdx.x; e < experts; e += THREADS) shared[e] = logits[(size_t)blockIdx.x * experts + e];
     choose(rule, shared, ids + (size_t)blockIdx.x * top_k, weights + (size_t)blockIdx.x * top_k);
 }
 
 // Few tokens: x float32 [T][K] -> norm -> router -> choice, grid (PARTS, T). A token's blocks share out the tiles of 64
 // columns: block `part` takes tiles part, part + PARTS, ... of all experts, the first of which it reads before the
 // predecessor is done. What its columns add to the logits, and their squares, it hands to the token's first block, which
-// adds the parts and chooses: through shared memory in a cluster, else through `partial`, [T][PARTS][experts + 1], and
-// the block that is done last does it (tickets [T], zero before and after). A token's result depends on nothing but its
-// own row. On the way the row is normed as the experts take it: fp16 `normed_rows` [T][K], times factor.
+// adds the parts and chooses: through shared memory in a cluster, else through `partial`, and the block that is done last
+// does it (tickets [T], zero before and after). A token's result depends on nothing but its own row. On the way the row
+// is normed as the experts take it: fp16 `normed_rows` [T][K], times factor.
 //
-// Dynamic shared memory, floats: columns [tiles of a part][64], sums [row_tiles][tiles of a part][16], parts
-// [PARTS][experts + 1], Rule::shared_words.
+// Dynamic shared memory, floats: columns [tiles of a part][64], what `partial` has of a token, what `choose` wants.
+// partial, floats: [T] times logits [PARTS * sharers][row_tiles * 16], squares [PARTS].
 extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 2)
     route_few(const float* x, int K, const float* __restrict__ norm, float eps, const float* __restrict__ experts_norm,
               float experts_eps, float factor, __half* normed_rows, const unsigned char* __restrict__ tiles,
@@ -150,9 +150,8 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 2)
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int part = blockIdx.x, token = blockIdx.y, k_tiles = (K + DENSE_K - 1) / DENSE_K;
     const int most = (k_tiles + PARTS - 1) / PARTS, own = max(0, (k_tiles - part + PARTS - 1) / PARTS);
-    const int tasks = row_tiles * own, stride = experts + 1;
-    float *const columns = shared, *const sums = columns + most * DENSE_K, *const inbox = sums + row_tiles * most * 16;
-    float* const scores = inbox + PARTS * stride;
+    const int stride = row_tiles * 16;
+    float *const columns = shared, *const inbox = columns + most * DENSE_K;
     auto column = [&](int i) { return (part + i / DENSE_K * PARTS) * DENSE_K + i % DENSE_K; };
     x += (size_t)token * K;
     dependents_may_start();
@@ -160,25 +159,28 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 2)
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 
+    // `sharers` warps share a row tile's tiles: this one takes j0, j0 + sharers, ... of this part's, of every
+    // (WARPS / sharers)-th row tile.
+    const int sharers = max(1, WARPS / row_tiles), j0 = warp % sharers;
+    int row_tile = warp / sharers;
+    float *const all_squares = inbox + PARTS * sharers * stride, *const scores = all_squares + PARTS;
     uint4 raw[HELD][WEIGHT_PLANES * FRAGMENTS];
-    auto tile_of = [&](int task) {
-        return tiles + ((size_t)(task / own) * k_tiles + part + task % own * PARTS) * WEIGHT_PLANES * DENSE_PLANE;
-    };
-    auto load = [&](uint4 (&to)[WEIGHT_PLANES * FRAGMENTS], int task) {
-        const unsigned char* tile = tile_of(task);
+    auto load = [&](uint4 (&to)[WEIGHT_PLANES * FRAGMENTS], int j) {
+        const size_t at = (size_t)row_tile * k_tiles + part + j * PARTS;
+        const unsigned char* tile = tiles + at * WEIGHT_PLANES * DENSE_PLANE;
 #pragma unroll
         for (int i = 0; i < WEIGHT_PLANES * FRAGMENTS; i++) to[i] = load_once(tile + (i * 32 + lane) * 16);
     };
+    auto load_first = [&]() {
 #pragma unroll
-    for (int h = 0; h < HELD; h++)
-        if (warp + h * WARPS < tasks) load(raw[h], warp + h * WARPS);
-#pragma unroll 1
-    for (int task = warp + HELD * WARPS; task < tasks; task += WARPS) {
-        const unsigned char* tile = tile_of(task);
-#pragma unroll
-        for (int p = 0; p < WEIGHT_PLANES; p++) prefetch(tile + p * DENSE_PLANE + lane * 64);
+        for (int h = 0; h < HELD; h++)
+            if (row_tile < row_tiles && j0 + h * sharers < own) load(raw[h], j0 + h * sharers);
+    };
+    load_first();
+    for (int i = threadIdx.x; i < own * DENSE_K; i += THREADS) {
+        columns[i] = column(i) < K ? norm[column(i)] : 0.0f;
+        if (i % 32 == 0 && column(i) < K) prefetch(experts_norm + column(i));
     }
-    for (int i = threadIdx.x; i < own * DENSE_K; i += THREADS) columns[i] = column(i) < K ? norm[column(i)] : 0.0f;
     for (int e = threadIdx.x; e < experts; e += THREADS) {  // for the block that chooses
         scores[e] = row_scale[e], scores[experts + e] = bias ? bias[e] : 0.0f;
         if (correction && e % 32 == 0) prefetch(correction + e);
@@ -194,11 +196,11 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 2)
     }
     squares = block_sum<WARPS>(squares, warp_squares);
 
-    auto multiply = [&](const uint4 (&tile)[WEIGHT_PLANES * FRAGMENTS], int task) {
-        const float4* values = reinterpret_cast<const float4*>(columns + task % own * DENSE_K);
-        float low = 0.0f, high = 0.0f;
+    float low, high;  // of rows g and g + 8
+    auto multiply = [&](const uint4 (&tile)[WEIGHT_PLANES * FRAGMENTS], int j) {
+        const float4* values = reinterpret_cast<const float4*>(columns + j * DENSE_K);
 #pragma unroll
-        for (int i = 0; i < FRAGMENTS; i++) {  // four columns of rows g and g + 8
+        for (int i = 0; i < FRAGMENTS; i++) {
             const float4 v = values[i / 2 * 8 + 2 * t + i % 2];
 #pragma unroll
             for (int p = 0; p < WEIGHT_PLANES; p++) {
@@ -209,33 +211,30 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 2)
                 high = fmaf(c.x, v.x, fmaf(c.y, v.y, fmaf(d.x, v.z, fmaf(d.y, v.w, high))));
             }
         }
-#pragma unroll
-        for (int offset = 1; offset < 4; offset *= 2) {
-            low += __shfl_xor_sync(~0u, low, offset);
-            high += __shfl_xor_sync(~0u, high, offset);
-        }
-        if (t == 0) sums[task * 16 + g] = low, sums[task * 16 + g + 8] = high;
     };
+    // What a warp's columns add to its experts' logits.
+    auto products = [&](float* parts) {
+        for (; row_tile < row_tiles; row_tile += WARPS / sharers, load_first()) {
+            low = high = 0.0f;
 #pragma unroll 1
-    for (int task = warp; task < tasks;) {
+            for (int j = j0; j < own;) {
 #pragma unroll
-        for (int h = 0; h < HELD; h++, task += WARPS) {
-            if (task >= tasks) break;
-            multiply(raw[h], task);
-            if (task + HELD * WARPS < tasks) load(raw[h], task + HELD * WARPS);
-        }
-    }
-    __syncthreads();
-
-    const float* parts = inbox;
-    int first = part, step = PARTS;  // the tiles of columns that this block norms for the experts
-    auto put = [&](float* to) {  // what this block has, as `to` has it for one part
-        for (int e = threadIdx.x; e < experts; e += THREADS) {
-            float sum = 0.0f;
-            for (int j = 0; j < own; j++) sum += sums[(e / 16 * own + j) * 16 + e % 16];
-            to[e] = sum;
+                for (int h = 0; h < HELD; h++, j += sharers) {
+                    if (j >= own) break;
+                    multiply(raw[h], j);
+                    if (j + HELD * sharers < own) load(raw[h], j + HELD * sharers);
+                }
+            }
+#pragma unroll
+            for (int offset = 1; offset < 4; offset *= 2) {
+                low += __shfl_xor_sync(~0u, low, offset);
+                high += __shfl_xor_sync(~0u, high, offset);
+            }
+            float* const to = parts + (part * sharers + j0) * stride + row_tile * 16 + g;
+            if (t == 0) to[0] = low, to[8] = high;
         }
     };
+    int first = part, step = PARTS;  // the tiles of columns that this block norms for the experts
 #if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
     auto in_block = [](float* p, int rank) {
@@ -243,15 +242,17 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 2)
         asm("mapa.u64 %0, %1, %2;" : "=l"(remote) : "l"(p), "r"(rank));
         return remote;
     };
-    put(in_block(inbox + part * stride, 0));
-    if (threadIdx.x < PARTS) in_block(inbox + part * stride, threadIdx.x)[experts] = squares;
+    float* const parts = inbox;
+    float* const to = in_block(inbox, 0);
+    if (threadIdx.x < PARTS) in_block(all_squares + part, threadIdx.x)[0] = squares;
+    products(to);
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
     const bool chooses = part == 0;
 #else
     __shared__ int is_last;
-    float* const all = partial + (size_t)token * PARTS * stride;
-    put(all + part * stride);
-    if (threadIdx.x == 0) all[part * stride + experts] = squares;
+    float* const parts = partial + (size_t)token * (PARTS * sharers * stride + PARTS);
+    products(parts);
+    if (threadIdx.x == 0) parts[PARTS * sharers * stride + part] = squares;
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -261,29 +262,24 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 2)
     __syncthreads();
     if (!is_last) return;
     __threadfence();
-    parts = all, first = 0, step = 1;
+    first = 0, step = 1;
     const bool chooses = true;
 #endif
     float total = 0.0f;
 #pragma unroll
-    for (int p = 0; p < PARTS; p++) total += parts[p * stride + experts];
+    for (int p = 0; p < PARTS; p++) total += parts[PARTS * sharers * stride + p];
     const float mean = total / K;
     if (chooses) {
         for (int e = threadIdx.x; e < experts; e += THREADS) {
             float sum = 0.0f;
-#pragma unroll
-            for (int p = 0; p < PARTS; p++) sum += parts[p * stride + e];
+#pragma unroll 8
+            for (int p = 0; p < PARTS * sharers; p++) sum += parts[p * stride + e];
             scores[e] = sum * scores[e] / sqrtf(mean + eps) + scores[experts + e];
         }
-        __syncthreads();
-        if (warp == 0) {
-            choose(rule, scores, ids + (size_t)token * top_k, weights + (size_t)token * top_k);
-            return;
-        }
+        choose(rule, scores, ids + (size_t)token * top_k, weights + (size_t)token * top_k);
     }
     const float scale = factor / sqrtf(mean + experts_eps);
-    const int begin = chooses ? 32 : 0, threads = THREADS - begin;
-    for (int i = threadIdx.x - begin; i < (k_tiles - first + step - 1) / step * DENSE_K; i += threads) {
+    for (int i = threadIdx.x; i < (k_tiles - first + step - 1) / step * DENSE_K; i += THREADS) {
         const int k = (first + i / DENSE_K * step) * DENSE_K + i % DENSE_K;
         if (k < K) normed_rows[(size_t)token * K + k] = __float2half_rn(x[k] * scale * experts_norm[k]);
     }

@@ -19,7 +19,7 @@ from fp4rt.ops.cuda.tiles import FEW_TOKENS, Packed
 
 _MOST_EXPERTS = 4096                # whose scores fit shared memory everywhere
 _FEW_SHARED = 60 << 10              # bytes of it that a block of `route_few` may have, everywhere
-_PARTS, _THREADS = 8, 256           # blocks for a token and their threads, as in kernels/route.cu
+_PARTS, _THREADS = 8, 256           # blocks of `route_few` for a token; of any block, as in kernels/route.cu
 
 
 def variants(capability: int) -> list[tuple[str, dict[str, int], int]]:
@@ -81,7 +81,7 @@ def route(device: Device, x: cupy.ndarray | Activation, router: CudaLinear, rout
             normed = Normed(x, norm)  # of use to the experts if theirs is the same
             x = normed.computed(device)
         logits = linear(device, x, router, logits=True, deterministic=deterministic)
-        device.kernel("route", "route", WEIGHT_PLANES=1)(tokens, 32, logits, ids, weights, *rule,
+        device.kernel("route", "route", WEIGHT_PLANES=1)(tokens, _THREADS, logits, ids, weights, *rule,
                                                          shared=_shared(routing), pdl=True)
     # Scores are positive; those of a softmax add up to 1, those of a sigmoid are at most 1 each.
     total = 1.0 if routing.normalize or routing.scoring == "softmax" else top_k
@@ -97,18 +97,22 @@ def _few(device: Device, x: Normed, packed: Packed, norm: Norm, ids: cupy.ndarra
     step = packed.tickets.size
     for rows in (slice(start, start + step) for start in range(0, x.shape[0], step)):
         given = x.x[rows]
-        tokens, experts = given.shape[0], packed.features
-        partial = None if device.has_pdl else device.scratch((tokens, _PARTS, experts + 1), np.float32)
+        tokens = given.shape[0]
+        partial = None if device.has_pdl else device.scratch((tokens, _partial(packed)), np.float32)
         kernel((_PARTS, tokens), _THREADS, given, k, norm.weight, norm.eps, x.norm.weight, x.norm.eps,
                math.ldexp(1.0, -x.exponent), y.data[rows], packed.tiles, packed.row_scale, packed.bias,
                packed.row_tiles, partial, packed.tickets, ids[rows], weights[rows], *rule, shared=shared, pdl=True)
 
 
+def _partial(packed: Packed) -> int:
+    """Floats of a token's parts: logits for each of the warps that share a row tile, and squares."""
+    return _PARTS * (max(1, _THREADS // 32 // packed.row_tiles) * packed.row_tiles * 16 + 1)
+
+
 def _few_shared(packed: Packed, routing: Routing) -> int:
-    """Columns and sums of a part, every part's sums, and what a choice takes: 4 bytes each."""
+    """A part's columns, all parts, and what a choice takes: 4 bytes each."""
     tiles = -(-packed.in_features // (packed.layout.tile_k * _PARTS))
-    floats = tiles * packed.layout.tile_k + packed.row_tiles * tiles * 16 + _PARTS * (packed.features + 1)
-    return 4 * floats + _shared(routing)
+    return 4 * (tiles * packed.layout.tile_k + _partial(packed)) + _shared(routing)
 
 
 def _shared(routing: Routing) -> int:

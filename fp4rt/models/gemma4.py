@@ -161,7 +161,8 @@ class MoE:
             at, ExpertShape(experts, hidden, sizes.moe_intermediate_size), sizes.routing.top_k)
 
     def __call__(self, h: Any) -> Any:
-        choice = self.ops.route(h, self.router, self.routing, norm=self.router_norm, expert_scale=self.expert_scale)
+        choice = self.ops.route(h, self.router, self.routing, norm=self.router_norm, expert_scale=self.expert_scale,
+                                experts_norm=self.norm)
         return self.ops.experts(h, choice, self.gate_up_proj, self.down_proj, activation="gelu_tanh", norm=self.norm)
 
 

@@ -258,18 +258,21 @@ class Ops(Protocol):
         """Final norm and head on the wanted rows of the residual stream: float32 [R, V]; softcap: c tanh(y / c)."""
 
     def route(self, x: Handle, router: Linear, routing: Routing, *, norm: Handle | None = None,
-              correction: Handle | None = None, expert_scale: Handle | None = None) -> Handle:
+              correction: Handle | None = None, expert_scale: Handle | None = None,
+              experts_norm: Handle | None = None) -> Handle:
         """Each token's experts, int32 [T, k], and their weights, float32 [T, k]; x and norm as for `linear`.
 
         The router's logits are float32. correction [E] is added to the scores for choosing; expert_scale [E]
-        multiplies the weights of the chosen experts at last.
+        multiplies the weights of the chosen experts at last. experts_norm: the norm that `experts` will be given for
+        this x, if another than the router's: both may be computed here.
         """
 
     def experts(self, x: Handle, choice: Handle, up: Linear, down: Linear, *, activation: str,
                 norm: Handle | None = None, residual: Handle | None = None) -> Handle:
         """sum over a token's experts e of weight_e * down_e(activation(up_e(x))), [T, d]; `up` is gate and up if gated.
 
-        norm and residual as for `linear`. Only chosen experts are read.
+        norm and residual as for `linear`. Only chosen experts are read. If x was the router's, too, its numbers must be
+        the same as then.
         """
 
     def merge(self, residual: Handle, branches: Sequence[tuple[Handle, Handle | None]], *, norm: Handle | None = None,

@@ -246,30 +246,33 @@ class Ops(Protocol):
 
     def attention(self, qkv: Handle, batch: Handle, pages: Handle, shape: AttentionShape, *, rope: Handle | None,
                   q_norm: Handle | None = None, k_norm: Handle | None = None, v_norm: Handle | None = None,
-                  sinks: Handle | None = None) -> Handle:
+                  sinks: Handle | None = None, then: Linear | None = None) -> Handle:
         """Causal attention of T new tokens over everything remembered, [T, input_width] -> [T, H hd].
 
         Each head of q, k and v is RMS-normed over head_dim (where given), q and k are then rotated; k and v are
         written to their pages; softmax(scale * q.k) v over positions j <= i, and j > i - window, in float32.
-        sinks [H]: one more logit per head in the softmax's sum, without a value (gpt-oss).
+        sinks [H]: one more logit per head in the softmax's sum, without a value (gpt-oss). then: as for `linear`.
         """
 
     def logits(self, h: Handle, batch: Handle, norm: Handle, head: Linear, *, softcap: float | None = None) -> Handle:
         """Final norm and head on the wanted rows of the residual stream: float32 [R, V]; softcap: c tanh(y / c)."""
 
     def route(self, x: Handle, router: Linear, routing: Routing, *, norm: Handle | None = None,
-              correction: Handle | None = None, expert_scale: Handle | None = None) -> Handle:
+              correction: Handle | None = None, expert_scale: Handle | None = None,
+              experts_norm: Handle | None = None) -> Handle:
         """Each token's experts, int32 [T, k], and their weights, float32 [T, k]; x and norm as for `linear`.
 
         The router's logits are float32. correction [E] is added to the scores for choosing; expert_scale [E]
-        multiplies the weights of the chosen experts at last.
+        multiplies the weights of the chosen experts at last. experts_norm: the norm that `experts` will be given for
+        this x, if another than the router's: both may be computed here.
         """
 
     def experts(self, x: Handle, choice: Handle, up: Linear, down: Linear, *, activation: str,
                 norm: Handle | None = None, residual: Handle | None = None) -> Handle:
         """sum over a token's experts e of weight_e * down_e(activation(up_e(x))), [T, d]; `up` is gate and up if gated.
 
-        norm and residual as for `linear`. Only chosen experts are read.
+        norm and residual as for `linear`. Only chosen experts are read. If x was the router's, too, its numbers must be
+        the same as then.
         """
 
     def merge(self, residual: Handle, branches: Sequence[tuple[Handle, Handle | None]], *, norm: Handle | None = None,

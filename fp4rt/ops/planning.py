@@ -161,6 +161,7 @@ class PlanningOps:
         total = residual or Buffer(self, x.rows, x.columns, self._activation_bytes)
         pairs = min(x.rows * choice.columns // 2, _EXPERT_PAIRS)
         inner = Buffer(self, pairs, down.in_features, self._activation_bytes)  # noqa: F841
+        copy = Buffer(self, pairs, down.in_features, self._order_bytes if down.in_features % 128 else 0)  # noqa: F841
         outputs = Buffer(self, pairs, x.columns, self._activation_bytes)  # noqa: F841
         return total
 

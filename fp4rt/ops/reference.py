@@ -342,7 +342,8 @@ class ReferenceOps:
             y[token] = weight @ row
         return y
 
-    def attention(self, qkv, batch, pages, shape, *, rope, q_norm=None, k_norm=None, v_norm=None, sinks=None):
+    def attention(self, qkv, batch, pages, shape, *, rope, q_norm=None, k_norm=None, v_norm=None, sinks=None,
+                  then=None):
         heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
 
         def prepare(x, norm, rotated):
@@ -376,7 +377,7 @@ class ReferenceOps:
         y = self.linear(h[batch.rows], head, norm=norm)
         return y if softcap is None else np.float32(softcap) * np.tanh(y / np.float32(softcap))
 
-    def route(self, x, router, routing, *, norm=None, correction=None, expert_scale=None):
+    def route(self, x, router, routing, *, norm=None, correction=None, expert_scale=None, experts_norm=None):
         return choose(self.linear(x, router, norm=norm), routing, correction, expert_scale)
 
     def experts(self, x, choice, up, down, *, activation, norm=None, residual=None):

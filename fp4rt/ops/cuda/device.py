@@ -67,6 +67,7 @@ class Device:
         self._scratch = Arena(self.budget, "one step's work")
         self._modules: dict[tuple, Any] = {}
         self._kernels: dict[tuple, Kernel] = {}
+        self._clusters: dict[tuple[int, int], int] = {}
         self._compiler: ThreadPoolExecutor | None = None
         self._compiling: dict[tuple, Future[Binary]] = {}
         self._rehearsed: list[tuple[str, str, dict[str, int]]] = []
@@ -119,6 +120,14 @@ class Device:
                                            "update the NVIDIA driver") from None
             self._modules[key] = module
         return self._modules[key]
+
+    def clusters(self, size: int, shared: int) -> int:
+        """Clusters of `size` blocks that run at once where shared memory (bytes of a block) is what limits them: fewer
+        than would fill the chip, whose parts have different numbers of SMs."""
+        if (size, shared) not in self._clusters:
+            function = self._module("order", {}).get_function("order").ptr  # one with few registers
+            self._clusters[size, shared] = self.driver.most_clusters(function, size, 256, shared)
+        return self._clusters[size, shared]
 
     # -- Memory ---------------------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ OPERATIONS = ("embed", "linear", "attention", "route", "experts", "merge", "per_
 _WEIGHTS = {"linear": ("weight",), "route": ("router",), "experts": ("up", "down"), "logits": ("head",),
             "per_layer_inputs": ("projection",), "per_layer_gate": ("gate",)}
 _SIGNATURES = {name: inspect.signature(getattr(Ops, name)) for name in OPERATIONS}
-_STEPS = 8          # run one by one before the one that is timed: over these the experts' choices are counted
+STEPS = 8           # run one by one before the one that is timed: over these the experts' choices are counted
 _CALLS = 32         # at least so many calls in what is replayed, so that starting it costs next to nothing
 _LONG_ENOUGH = 2e-3  # seconds of one timing, if the replays do not run out first
 
@@ -143,7 +143,7 @@ def _calls_of(ops: Ops, step: Callable[[], Any]) -> list[_Call]:
 
 def _measure(llm: LLM, lengths: list[int], step: Callable[[], Any], tokens: int, repeats: int) -> Breakdown:
     ops, names = llm.ops, {id(one.linear): one for one in llm.linears}
-    watched = max(1, min(_STEPS, tokens // 4))
+    watched = max(1, min(STEPS, tokens // 4))
     shares: dict[int, list[float]] = {}  # of a layer's experts (known by their weight), that each step chose
     for _ in range(watched):
         calls = _calls_of(ops, step)

@@ -38,7 +38,7 @@ def requests(rng: random.Random, count: int) -> list[tuple[list[int], fp4rt.Samp
     ("nemotron-h-modelopt-nvfp4", 0, 0), ("nemotron-h-modelopt-nvfp4", 0, 3)])
 def test_answers_are_those_of_a_quiet_run(name: str, speculate: int, ahead: int, backend: str):
     """ahead: steps that are queued before the first one's tokens are read, on the host's backends, too."""
-    rng = random.Random(2)
+    rng = random.Random(4)
     asked = requests(rng, 20)
     options = dict(max_model_len=256, deterministic=True, **BACKENDS[backend][0])
     with fp4rt.load(ROOT / name, prefix_caching=False, **options) as llm:

@@ -1,31 +1,38 @@
-"""The loop: plan a step, run the model, draw tokens; decode runs on the device alone while the host reads behind."""
+"""The loop: plan a step, launch it, and read what the steps before it drew while the device goes on."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from fp4rt.batch import PAGE_TOKENS, Batch
 from fp4rt.cache import Cache
-from fp4rt.engine.scheduler import LOGITS_ROWS, Scheduler, Step
+from fp4rt.engine.scheduler import LOGITS_ROWS, Scheduler, Step, most_rows
 from fp4rt.engine.sequence import Sequence, TokenLogprobs
 from fp4rt.errors import Fp4rtError
 from fp4rt.layers import Decoder
-from fp4rt.ops import Ops, SamplerRow
+from fp4rt.ops import GREEDY, Ops, Pending, SamplerRow
+from fp4rt.sampling import MAX_LOGPROBS, Sampling
 
-LEASE = 256       # decode steps that run on pages and settings put on the device once
-UNGUESSED = 4     # of them where nothing could be guessed, before the host looks again: it costs the device a wait
+LEASE = 256          # decode steps that run on pages and settings put on the device once
+UNGUESSED = 4        # of them where nothing could be guessed, before the host looks again: it costs the device a wait
+LARGE = 256          # tokens of a step that takes so long that beginning the next one before it ends would gain nothing
+RECORDED = 16        # recorded decode steps that are kept, for numbers of sequences and pages
+SHORTEST_TABLE = 16  # pages of a sequence that a step is recorded for at least
 
 Event = tuple[Sequence, int]
 
 
-def make_batch(step: list[tuple[Sequence, int]], rows: list[int], size: int | None = None,
-               table_width: int | None = None) -> Batch:
-    """The Batch of a planned step; padded to `size` one-token sequences on page 0 and to the page tables' width."""
+def make_batch(step: Step, rows: list[int], size: int | None = None, table_width: int | None = None,
+               drawn: Mapping[int, int] | None = None) -> Batch:
+    """The Batch of a planned step; padded to `size` one-token sequences on page 0 and to the page tables' width.
+
+    drawn: by a sequence's id(), the row of the step before in which it drew the token that the host does not know yet.
+    """
     size = size or len(step)
     width = table_width or max(len(pages) for sequence, _ in step for pages in sequence.held.pages)
     pages = np.zeros((len(step[0][0].held.pages), size, width), np.int32)
@@ -33,7 +40,8 @@ def make_batch(step: list[tuple[Sequence, int]], rows: list[int], size: int | No
     starts = [0]
     for s, (sequence, count) in enumerate(step):
         first = sequence.remembered
-        tokens += (sequence.ids[first:] + sequence.drafts)[:count]
+        tokens += ([-1 - drawn[id(sequence)]] if sequence.ahead
+                   else (sequence.ids[first:first + count] + sequence.drafts)[:count])
         positions += range(first, first + count)
         lengths.append(first + count)
         starts.append(starts[-1] + count)
@@ -52,43 +60,75 @@ def _power_of_two(n: int) -> int:
 
 
 class Decode:
-    """A recorded decode step for up to `size` sequences of up to `width` pages: it feeds itself its own tokens."""
+    """A recorded decode step for up to `size` sequences of up to `width` pages: it feeds itself its own tokens.
 
-    def __init__(self, engine: Engine, sequences: list[Sequence], settings: list[SamplerRow], size: int, width: int):
-        ops, self.size, self.width = engine.ops, size, width
-        self.engine = engine
-        self.batch = self.sampler = None
-        self.refill(sequences, settings)
+    `replay` launches it once more: the drawn ids and, if `told`, their log-probabilities as Ops.logprobs gives them.
+    """
 
-        def step() -> Any:
-            ids = ops.sample(engine.model(self.batch, engine.cache.layers), self.sampler)
-            ops.advance(self.batch, ids)
-            return ids
+    def __init__(self, engine: Engine, sequences: list[Sequence], size: int, width: int, told: bool):
+        self._engine, self._size, self._width, self._batch = engine, size, width, None
+        self.refill(sequences)
+        ops = engine.ops
+
+        def step() -> tuple[Any, Any]:
+            logits = engine.model(self._batch, engine.cache.layers)
+            ids = ops.sample(logits, engine.sampler)
+            ops.advance(self._batch, ids)
+            return ids, ops.logprobs(logits, ids, engine.most_logprobs) if told else None
 
         self.replay = ops.record(step)
 
-    def refill(self, sequences: list[Sequence], settings: list[SamplerRow]) -> None:
-        ops, padding = self.engine.ops, self.size - len(sequences)
-        batch = make_batch([(s, 1) for s in sequences], list(range(len(sequences))), self.size, self.width)
-        self.batch = ops.batch(batch, into=self.batch)
-        vocab_size = self.engine.model.config.vocab_size
-        self.sampler = ops.sampler(settings + settings[:1] * padding, vocab_size, into=self.sampler)
+    def refill(self, sequences: list[Sequence]) -> None:
+        step = [(sequence, 1) for sequence in sequences]
+        self._batch = self._engine.put(step, sequences, list(range(len(step))), self._size, self._width, self._batch)
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A step that has been launched and not been read.
+
+    sequences: those that draw: one token, and one more after each of their drafts, in the order of the rows. ids: the
+    drawn ones, on the device until the next step draws. drawn, told: they and their log-probabilities on their way.
+    """
+
+    sequences: list[Sequence]
+    ids: Any
+    drawn: Pending
+    told: Pending | None
 
 
 class Engine:
-    """Runs sequences through a model. One thread drives it; any may submit sequences, and end them, at any moment."""
+    """Runs sequences through a model. One thread drives it; any may submit sequences, and end them, at any moment.
+
+    Steps are launched ahead of what the host has read: the next one takes its tokens from where the last one drew them.
+    Only a sequence under a grammar, or a guess at what comes next, waits for what the host has to know before.
+    """
 
     def __init__(self, ops: Ops, model: Decoder, cache: Cache, max_sequences: int, step_tokens: int | None = None,
                  speculate: int = 0):
         self.ops, self.model, self.cache = ops, model, cache
         self.scheduler = Scheduler(cache, max_sequences, step_tokens or ops.step_tokens, speculate)
+        self.sampler = ops.sampler([GREEDY] * most_rows(max_sequences, speculate), model.config.vocab_size)
+        self.most_logprobs = min(MAX_LOGPROBS, model.config.vocab_size)
         self._arrivals: deque[Sequence] = deque()
         self._scores: deque[Iterator[None]] = deque()  # begun or to be begun, a chunk of the first between two steps
-        self._decodes: dict[tuple[int, int, bool], Decode] = {}
+        self._flights: deque[Flight] = deque()
+        self._decodes: OrderedDict[tuple[int, int, bool], Decode] = OrderedDict()
 
     @property
     def busy(self) -> bool:
         return bool(self._arrivals or self._scores or self.scheduler.busy)
+
+    def prepare(self) -> None:
+        """Record the steps in which any number of short sequences decode, so that nobody has to wait for it later."""
+        if not self.ops.lookahead:
+            return
+        nobody = Sequence([0], Sampling().resolve({}), 0, frozenset(), 2)
+        nobody.held.pages = [[0] for _ in self.cache.plan.windows]
+        for power in range(self.scheduler.max_sequences.bit_length() + 1):
+            key = min(1 << power, self.scheduler.max_sequences), SHORTEST_TABLE, False
+            if key not in self._decodes:
+                self._decodes[key] = Decode(self, [nobody], *key)
 
     def submit(self, sequence: Sequence) -> None:
         """Let a sequence take part from the next step on (any thread). Setting its finish_reason ends it."""
@@ -107,125 +147,180 @@ class Engine:
             self.forget(sequences)
 
     def forget(self, sequences: Iterable[Sequence]) -> None:
-        """Take sequences out wherever they are, when no step is under way any more, and free their pages."""
+        """Take sequences out wherever they are, with the steps that are under way, and free their pages."""
         self.ops.synchronize()
+        self._flights.clear()
         for sequence in sequences:
+            sequence.ahead = 0
             if sequence in self._arrivals:
                 self._arrivals.remove(sequence)
             self.scheduler.remove(sequence)
 
-    def events(self) -> Iterator[Event]:
-        """(sequence, token) as tokens are drawn, until no sequence is left; -1 for one that failed, and says why."""
-        behind: deque = deque()  # steps that no token came of: the host runs one ahead of the device, not all
+    def events(self, others: bool = False) -> Iterator[Event]:
+        """(sequence, token) as tokens are drawn, until no sequence is left; -1 for one that failed, and says why.
+
+        others: more sequences may be submitted meanwhile; they wait for one large step at most.
+        """
         while True:
             while self._arrivals:
                 self.scheduler.add(self._arrivals.popleft())
             if self._scores and next(self._scores[0], self) is self:
                 self._scores.popleft()
             step = self.scheduler.plan()
-            if not step:
-                if not self.busy:
-                    return
-            elif all(s.decoding and s.top_logprobs is None and not s.drafts for s, _ in step):
-                yield from self._decode([sequence for sequence, _ in step])
-            else:
-                yield from self._mixed(step, behind)
-            for sequence, _ in step:
-                if sequence.error is None:
-                    self.cache.publish(sequence.held, sequence.ids, sequence.remembered, sequence.cache_salt)
+            if step:
+                if all(s.decoding and not s.drafts for s, _ in step):
+                    yield from self._decode([sequence for sequence, _ in step])
+                else:
+                    yield from self._mixed(step, others)
+                for sequence, _ in step:
+                    if sequence.error is None:
+                        self.scheduler.publish(sequence)
+            elif self._flights:
+                yield from self._read(len(self._flights) - 1)
+            elif not self.busy:
+                return
 
-    def _mixed(self, step: Step, behind: deque) -> Iterator[Event]:
-        """One step with a piece of a prompt in it, or in which the host has a part.
+    def _mixed(self, step: Step, others: bool) -> Iterator[Event]:
+        """One step with a piece of a prompt in it, or with drafts.
 
         After a sequence's drafts a token is drawn, too, and after each of them: as long as what is drawn is what was
         drafted, the next one was drawn where it should be. What was remembered of the others is written again.
         """
-        drawing: list[tuple[Sequence, int]] = []  # each drawn token's sequence, and the drafts before it
+        drawing: list[Sequence] = []
         rows: list[int] = []
         for (sequence, count), end in zip(step, np.cumsum([count for _, count in step]).tolist()):
-            drafts = len(sequence.drafts)
-            if sequence.remembered + count == len(sequence.ids) + drafts:
-                drawing += [(sequence, before) for before in range(drafts + 1)]
-                rows += range(end - drafts - 1, end)
-        batch = self.ops.batch(make_batch(step, rows))
-        logits = self.model(batch, self.cache.layers)
+            if sequence.remembered + count == sequence.length + len(sequence.drafts):
+                drawing.append(sequence)
+                rows += range(end - len(sequence.drafts) - 1, end)
+        logits = self.model(self.put(step, drawing, rows), self.cache.layers)
         for sequence, count in step:
             sequence.remembered += count
-        if not drawing:
-            behind.append(self.ops.fetch(logits))
-            if len(behind) > 1:
-                behind.popleft().result()
-            return
-        behind.clear()
-        sampler = self.ops.sampler([self._sampler_row(*one) for one in drawing], self.model.config.vocab_size)
-        ids = self.ops.sample(logits, sampler)
-        tops = [sequence.top_logprobs for sequence, _ in drawing if sequence.top_logprobs is not None]
-        told = self.ops.fetch(self.ops.logprobs(logits, ids, max(tops))).result() if tops else None
-        refused: set[int] = set()  # sequences of whose drafts one was not what was drawn
-        for row, ((sequence, before), token) in enumerate(zip(drawing, self.ops.fetch(ids).result().tolist())):
-            if sequence.error is not None:
-                yield sequence, -1
-            elif sequence.finish_reason is None and id(sequence) not in refused:
-                if sequence.top_logprobs is not None and token >= 0:
-                    sequence.logprobs.append(TokenLogprobs.read(token, told[row], sequence.top_logprobs))
-                if before < len(sequence.drafts) and token == sequence.drafts[before]:
-                    self.scheduler.accepted += 1
-                else:
-                    refused.add(id(sequence))
-                sequence.remembered = len(sequence.ids)
-                yield self._accept(sequence, token)
-        for sequence, _ in drawing:
-            sequence.drafts, sequence.remembered = [], min(sequence.remembered, len(sequence.ids))
+        if drawing:
+            ids = self.ops.sample(logits, self.sampler)
+            most = [sequence.top_logprobs for sequence in drawing if sequence.top_logprobs is not None]
+            self._launched(drawing, ids, self.ops.logprobs(logits, ids, max(most)) if most else None)
+        else:
+            self._launched([], logits)
+        yield from self._failed(drawing)
+        large = others and sum(count for _, count in step) > LARGE
+        yield from self._read(0 if large else min(self._unread(), 1))
 
     def _decode(self, sequences: list[Sequence]) -> Iterator[Event]:
         """Steps of one token for each sequence, until one of them ends, another arrives, or pages run out."""
+        steps = self._lease(sequences)
+        decode = self._recorded(sequences)
+        yield from self._failed(sequences)
+        for left in reversed(range(steps)):
+            for sequence in sequences:
+                sequence.remembered += 1
+            self._launched(sequences, *decode.replay())
+            yield from self._read(self._unread(left))
+            if self._arrivals or self._scores or any(sequence.finish_reason for sequence in sequences):
+                return  # what is already on its way is kept, nothing more is asked for
+
+    def _lease(self, sequences: list[Sequence]) -> int:
+        """How many steps these sequences decode without a change; they get the pages for them."""
         steps = LEASE if not self.scheduler.waiting else PAGE_TOKENS  # whoever waits needs pages, too
-        if any(sequence.grammar for sequence in sequences):
+        if any(sequence.grammar for sequence in self.scheduler.running):
             steps = 1
         elif self.scheduler.speculate:
             steps = UNGUESSED
         steps = min(steps, max(sequence.remaining for sequence in sequences))
-        lease = [(sequence, min(len(sequence.ids) + steps, sequence.limit)) for sequence in sequences]
+        lease = [(sequence, min(sequence.length + steps, sequence.limit)) for sequence in sequences]
         missing = [self.cache.missing(s.held, tokens) for s, tokens in lease]
         if not self.cache.fits([sum(group) for group in zip(*missing)]):
-            steps, lease = 1, [(sequence, len(sequence.ids)) for sequence in sequences]
+            steps, lease = 1, [(sequence, sequence.length) for sequence in sequences]
         for sequence, tokens in lease:
             self.scheduler.grow(sequence, tokens)
-        steps = min(steps, min(s.remaining for s in sequences))
-        settings = [self._sampler_row(sequence, 0) for sequence in sequences]
-        for sequence in sequences:
-            if sequence.error is not None:
-                yield sequence, -1
-        decode = self._recorded(sequences, settings)
-        pending: deque = deque()
-        launched = 0
-        while pending or launched < steps:
-            while launched < steps and len(pending) <= self.ops.lookahead:
-                pending.append(self.ops.fetch(decode.replay()))
-                launched += 1
-            ids = pending.popleft().result().tolist()
-            for sequence, token in zip(sequences, ids):
-                if sequence.finish_reason is None:
-                    sequence.remembered += 1
-                    yield self._accept(sequence, token)
-            if self._arrivals or self._scores or any(sequence.finish_reason for sequence in sequences):
-                steps = launched  # what is already on its way is kept, nothing more is asked for
+        return min(steps, min(s.remaining for s in sequences))
 
-    def _recorded(self, sequences: list[Sequence], settings: list[SamplerRow]) -> Decode:
+    def _unread(self, left: int = 0) -> int:
+        """How many steps may be under way unread, `left` steps before another one is planned.
+
+        None where a guess comes next, or most sequences wait for their grammars; one where some do, so that the others
+        keep the device busy meanwhile.
+        """
+        awaited = sum(sequence.awaited for sequence in self.scheduler.running)
+        if 2 * awaited >= len(self.scheduler.running) or self.scheduler.speculate and not left:
+            return 0
+        return min(self.ops.lookahead, 1) if awaited else self.ops.lookahead
+
+    def _recorded(self, sequences: list[Sequence]) -> Decode:
         """The recorded step for this many sequences and pages, filled with these."""
         exact = self.ops.lookahead == 0  # nothing is captured: padding would only cost
-        size = len(sequences) if exact else _power_of_two(len(sequences))
+        size = len(sequences) if exact else min(_power_of_two(len(sequences)), self.scheduler.max_sequences)
         pages = max(len(pages) for sequence in sequences for pages in sequence.held.pages)
-        width = pages if exact else _power_of_two(max(pages, 16))
-        greedy = all(s.sampling.temperature == 0 for s in sequences)
-        key = (size, width, greedy)
-        if exact:
-            return Decode(self, sequences, settings, size, width)
-        if key not in self._decodes:
-            self._decodes[key] = Decode(self, sequences, settings, size, width)
+        width = pages if exact else _power_of_two(max(pages, SHORTEST_TABLE))
+        key = size, width, any(sequence.top_logprobs is not None for sequence in sequences)
+        decode = self._decodes.pop(key, None)
+        if decode is None:
+            decode = Decode(self, sequences, *key)
         else:
-            self._decodes[key].refill(sequences, settings)
-        return self._decodes[key]
+            decode.refill(sequences)
+        if not exact:
+            self._decodes[key] = decode
+            if len(self._decodes) > RECORDED:
+                self.ops.synchronize()  # it may be under way
+                self._decodes.popitem(last=False)
+        return decode
+
+    def put(self, step: Step, drawing: list[Sequence], rows: list[int], size: int | None = None,
+            table_width: int | None = None, into: Any = None) -> Any:
+        """Put a planned step's batch (see make_batch), and how `drawing` draw on these rows, where the step finds them.
+
+        `into`: a batch of the same sizes, which is overwritten.
+        """
+        newest = self._flights[-1].sequences if self._flights else []
+        drawn = {id(sequence): row for row, sequence in enumerate(newest)}
+        batch = self.ops.batch(make_batch(step, rows, size, table_width, drawn), into=into)
+        if any(sequence.ahead for sequence, _ in step):
+            self.ops.feed(batch, self._flights[-1].ids)
+        settings = [self._sampler_row(s, drafts) for s in drawing for drafts in range(len(s.drafts) + 1)]
+        if settings:
+            self.ops.sampler(settings, self.model.config.vocab_size, into=self.sampler)
+        return batch
+
+    def _launched(self, sequences: list[Sequence], ids: Any, told: Any = None) -> None:
+        for sequence in sequences:
+            sequence.ahead += 1
+        told = told if told is None else self.ops.fetch(told)
+        self._flights.append(Flight(sequences, ids, self.ops.fetch(ids), told))
+
+    @staticmethod
+    def _failed(sequences: list[Sequence]) -> Iterator[Event]:
+        """Those whose grammar failed when their step was put together."""
+        return ((sequence, -1) for sequence in sequences if sequence.error is not None)
+
+    def _read(self, most: int) -> Iterator[Event]:
+        """Wait for the oldest steps, until `most` are left unread."""
+        while len(self._flights) > most:
+            flight = self._flights.popleft()
+            drawn = flight.drawn.result().tolist()
+            told = flight.told.result() if flight.told is not None else None
+            row = 0
+            for sequence in flight.sequences:
+                first, row = row, row + 1 + len(sequence.drafts)
+                if sequence.finish_reason is None:
+                    sequence.ahead -= 1
+                    if sequence.top_logprobs is None and not sequence.drafts:
+                        yield self._accept(sequence, drawn[first])
+                    else:
+                        yield from self._take(sequence, drawn[first:row], None if told is None else told[first:row])
+
+    def _take(self, sequence: Sequence, tokens: list[int], told: np.ndarray | None) -> Iterator[Event]:
+        """Accept the token after a sequence's ids, and those after its drafts as far as these were right."""
+        drafts, sequence.drafts = sequence.drafts, []
+        for i, token in enumerate(tokens):
+            if sequence.top_logprobs is not None and token >= 0:
+                sequence.logprobs.append(TokenLogprobs.read(token, told[i], sequence.top_logprobs))
+            right = drafts[i:i + 1] == [token]
+            self.scheduler.accepted += right
+            yield self._accept(sequence, token)
+            if sequence.finish_reason is not None or not right:
+                break
+        if drafts:
+            sequence.remembered = len(sequence.ids) - 1
+            sequence.history = None  # it misses what was drawn after the first of them
 
     def _accept(self, sequence: Sequence, token: int) -> Event:
         if token < 0:
@@ -241,6 +336,10 @@ class Engine:
     def _sampler_row(self, sequence: Sequence, drafts: int) -> SamplerRow:
         """How a sequence's token after so many drafts is drawn; it fails where its grammar has nothing to allow."""
         row = sequence.sampler_row(drafts)
+        if row.penalised and not drafts and row.history is None:
+            sequence.history = self.ops.history(sequence.ids[:sequence.prompt_length], sequence.generated,
+                                                self.model.config.vocab_size)
+            row = replace(row, history=sequence.history)
         if sequence.grammar is None:
             return row
         mask = np.zeros(-(-self.model.config.vocab_size // 32), np.uint32)
@@ -255,7 +354,8 @@ class Engine:
 
     def _not_finite(self, sequence: Sequence) -> Fp4rtError:
         """Run the sequence again, layer by layer, to say which one first left the numbers."""
-        position = sequence.remembered - 1
+        position = len(sequence.ids) - 1
+        sequence.ahead = 0
         self.cache.give_back(sequence.held)
         self.cache.take_slot(sequence.held)
         sequence.remembered = 0

@@ -14,7 +14,7 @@ from fp4rt.batch import PAGE_TOKENS, Batch
 from fp4rt.errors import Fp4rtError
 from fp4rt.formats import Weight
 from fp4rt.formats.fp8 import E4M3, to_e4m3
-from fp4rt.ops import AttentionShape, MambaShape, Routing, SamplerRow
+from fp4rt.ops import GREEDY, AttentionShape, MambaShape, Routing, SamplerRow
 
 
 # -- The mathematics ----------------------------------------------------------------------------------------------
@@ -225,7 +225,18 @@ class Sampler:
 
     def drawn(self, row: int, token: int) -> None:
         old = self.rows[row]
-        self.rows[row] = replace(old, step=old.step + 1, generated=[*old.generated, token])
+        if old.history is not None:
+            old.history.generated.append(token)
+        generated = [*old.generated, token] if old.history is None else old.history.generated
+        self.rows[row] = replace(old, step=old.step + 1, generated=generated)
+
+
+@dataclass(frozen=True)
+class History:
+    """What penalties look at; rows hold its lists, which grow."""
+
+    prompt: list[int]
+    generated: list[int]
 
 
 @dataclass(frozen=True)
@@ -300,6 +311,10 @@ class ReferenceOps:
         for name, value in batch.__dict__.items():
             getattr(into, name)[...] = value
         return into
+
+    def feed(self, batch: Batch, ids: np.ndarray) -> None:
+        unknown = batch.tokens < 0
+        batch.tokens[unknown] = np.maximum(ids[-1 - batch.tokens[unknown]], 0)
 
     def embed(self, batch: Batch, table: tuple[Weight, np.float32]) -> np.ndarray:
         weight, scale = table
@@ -413,10 +428,21 @@ class ReferenceOps:
         for row in rows:
             sampling.check_row(row, vocab_size)
         rows = [row if row.mask is None else replace(row, mask=row.mask.copy()) for row in rows]
+        rows = [row if (seen := row.history) is None else replace(row, prompt=seen.prompt, generated=seen.generated)
+                for row in rows]
         if into is None:
             return Sampler(rows)
-        into.rows = rows
+        into.rows = rows + [GREEDY] * (len(into.rows) - len(rows))
         return into
+
+    def batch_bytes(self, sequences: int, pages: int) -> int:
+        return 0
+
+    def sampler_bytes(self, vocab_size: int) -> int:
+        return 0
+
+    def history(self, prompt: Sequence[int], generated: Sequence[int], vocab_size: int) -> History:
+        return History(list(prompt), list(generated))
 
     def sample(self, logits: np.ndarray, sampler: Sampler) -> np.ndarray:
         ids = np.array([sampling.draw(row, settings) for row, settings in zip(logits, sampler.rows)], np.int32)

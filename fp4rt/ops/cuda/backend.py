@@ -46,7 +46,7 @@ class CudaOps:
     name = "cuda"
     notice = ""
     step_tokens = 2048
-    lookahead = 8
+    lookahead = 4
 
     def __init__(self, arch: str | None = None, gpu_memory: int | None = None, deterministic: bool = False):
         self.gpu = Device(arch, gpu_memory)
@@ -111,6 +111,9 @@ class CudaOps:
 
     def batch(self, work: Batch, into: batch.DeviceBatch | None = None) -> batch.DeviceBatch:
         return batch.put_batch(self.gpu, work, into)
+
+    def feed(self, work: batch.DeviceBatch, ids: cupy.ndarray) -> None:
+        batch.feed(self.gpu, work, ids)
 
     def embed(self, work: batch.DeviceBatch, table: embedding.Embedding) -> cupy.ndarray:
         return embedding.embed(self.gpu, work.tokens, table)
@@ -177,6 +180,15 @@ class CudaOps:
     def sampler(self, rows: Sequence[SamplerRow], vocab_size: int,
                 into: sample.Sampler | None = None) -> sample.Sampler:
         return sample.put_sampler(self.gpu, rows, vocab_size, into)
+
+    def batch_bytes(self, sequences: int, pages: int) -> int:
+        return batch.batch_bytes(sequences, pages)
+
+    def sampler_bytes(self, vocab_size: int) -> int:
+        return sample.sampler_bytes(vocab_size)
+
+    def history(self, prompt: Sequence[int], generated: Sequence[int], vocab_size: int) -> cupy.ndarray:
+        return sample.count_tokens(self.gpu, prompt, generated, vocab_size)
 
     def sample(self, logits: cupy.ndarray, sampler: sample.Sampler) -> cupy.ndarray:
         return sample.sample(self.gpu, logits, sampler)

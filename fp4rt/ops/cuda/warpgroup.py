@@ -67,12 +67,14 @@ class Warpgroups:
         tiles = self.tiles(group, token_blocks)
         waves = -(-tiles // self.places(device, group.layout))
         each = self.shared if self.split > 2 or tiles * self.split > device.sm_count else self.alone
-        adding = 1 + 0.3 * self.split if self.split > 1 else 0
-        return waves * -(-group.in_features // (128 * self.split)) * each + adding
+        again = (waves - 1) * _WAVE_TIME if self.split > 2 else 0
+        return waves * -(-group.in_features // (128 * self.split)) * each + _SPLIT_TIME[self.split] + again
 
 
 _EXPERTS = {"EXPERTS": 1}
 _SPLITS = 1, 2, 4, 5, 7  # an H100 holds 132, 66, 47 and 32 clusters of blocks that share SMs, and only 30 of eight
+_SPLIT_TIME = {1: 0.0, 2: 1.5, 4: 3.0, 5: 3.3, 7: 3.8}  # microseconds for adding up a cluster's sums
+_WAVE_TIME = 5.0  # and for large clusters that wait for others' places: a part of the chip stands still meanwhile
 VARIANTS = (*(Warpgroups(256, 128, split, 1.35, 1.35) for split in (1, 2, 4)),
             *(Warpgroups(128, 128, split, 0.72, 0.72) for split in (1, 2)),
             *(Warpgroups(128, tokens, split, alone, shared)

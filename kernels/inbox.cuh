@@ -1,5 +1,5 @@
-// What the blocks of a cluster (sm_90) bring each other: they store to each other's shared memory, and each has a barrier
-// that counts the bytes that came. So nothing waits for memory at large, as a cluster's own barriers would.
+// What the blocks of a cluster (sm_90) bring each other: they store to each other's shared memory, and each has a
+// barrier that counts the bytes that came. So nothing waits for memory at large, as a cluster's own barriers would.
 __device__ __forceinline__ void inbox_open(unsigned long long* barrier) {  // by all threads
     if (threadIdx.x == 0)
         asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;"

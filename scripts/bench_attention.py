@@ -4,9 +4,10 @@
     python scripts/bench_attention.py                                   Llama-3.1-8B's layer, 1 to 32 sequences
     python scripts/bench_attention.py --shape gemma-4-12b-full --rows 1x512 8x512 1x32768 --kv-dtype fp8
 
-A row is SEQUENCESxTOKENS of context; of a window, the tokens in it. Every layer has its own pages and weights, as far as --memory goes, so that L2
+A row is SEQUENCESxTOKENS of context. Every layer has its own pages and weights, as far as --memory goes, so that L2
 does not serve them; the launches of all layers are one CUDA graph; figures are medians. "added" is what attention
-adds to a chain of qkv and o linears that waits for it; the share is of the bytes of keys and values over that time.
+adds to a chain of qkv and o linears that waits for it; the share is of the bytes of keys and values that it sees over
+that time.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from fp4rt.ops import AttentionShape  # noqa: E402
 from fp4rt.ops.cuda import CudaOps  # noqa: E402
 from fp4rt.ops.cuda.activation import Activation  # noqa: E402
 from fp4rt.ops.cuda.bandwidth import read_bandwidth  # noqa: E402
-
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 // Attention of one new token per sequence over pages, split along the keys (Flash-Decoding, Dao et al. 2023).
 #include "attention_tiles.cuh"
 #include "inbox.cuh"
+#include "order.cuh"
 
 constexpr int BLOCKS = WARPS > 4 || PART_DIM > 128 || HEAD_TILES > 1 ? 2 : 3;  // of an SM that registers are left for
 constexpr int WARP_HEADS = HEADS / WARPS;  // that one warp opens
@@ -31,10 +32,10 @@ struct Merged {
         values.z = fmaf(weight, x.z, values.z), values.w = fmaf(weight, x.w, values.w);
     }
     // As the output has them; `sink` is a score without a value.
-    __device__ __forceinline__ void store(__half* target, float largest, float sink, float factor) const {
+    __device__ __forceinline__ uint2 halves(float largest, float sink, float factor) const {
         const float inverse = factor / (total + power_of_two(sink - largest));
-        reinterpret_cast<__half2*>(target)[0] = __floats2half2_rn(values.x * inverse, values.y * inverse);
-        reinterpret_cast<__half2*>(target)[1] = __floats2half2_rn(values.z * inverse, values.w * inverse);
+        return make_uint2(as_bits(__floats2half2_rn(values.x * inverse, values.y * inverse)),
+                          as_bits(__floats2half2_rn(values.z * inverse, values.w * inverse)));
     }
 };
 
@@ -48,6 +49,8 @@ struct Merged {
 // chunk by chunk, so neither clusters nor PARTS change a result; `tickets` [S, gridDim.x] is zero before and after.
 // Keys are tiled as rows (S^T = K q^T), so up to eight query heads cost one pass of the tensor cores. Sequences with
 // several new tokens are attention_prefill's.
+//
+// ordered: 0, or twice the padded tokens of order.cuh, plus one if interleaved: how the output lies.
 //
 // What pages hold times a power of two and the layer's scale is the key or value: key_factor and value_factor turn what
 // came into what is stored, scale_log2 has the keys' way back, and out_factor the values'.
@@ -67,7 +70,7 @@ extern "C" __global__ void
                      const float* v_norm, float v_eps, const float2* rope, float value_scale, float scale_log2,
                      int window, const float* __restrict__ sinks, float key_factor, float value_factor,
                      float out_factor, int spread, int short_turns, int max_chunks, float* partial,
-                     float2* statistics, int* tickets, __half* __restrict__ out) {
+                     float2* statistics, int* tickets, int ordered, __half* __restrict__ out) {
     constexpr int PIECES = HEAD_DIM / 4;
     // What waits there while keys are gone through: scores, for the warps with other dimensions, and tiles. At the very
     // end, the chunks' weights.
@@ -96,7 +99,7 @@ extern "C" __global__ void
 #endif
     __shared__ float2 shared_statistics[PARTS][KEY_WARPS][HEADS];  // (largest score, sum)
     __shared__ float shared_sinks[HEADS];
-    __shared__ int last;
+    __shared__ int last, shared_token;  // what follows the keys reads the token there: it would take a register
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int key_warp = warp / SPLIT, first_dimension = warp % SPLIT * PART_DIM;
     const int row_tiles = gridDim.x / kv_heads;
@@ -116,10 +119,21 @@ extern "C" __global__ void
         wait_for_predecessor();
         return;
     }
-    __half* target = out + ((size_t)token * heads + kv_head * group + first_head) * HEAD_DIM;
+    auto put = [&](int token, int head, int dimension, uint2 four) {
+        // From the block's number, read anew: kept from above, this would take registers all along.
+        int block;
+        asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+        const int column = (block / row_tiles * group + block % row_tiles * HEADS + head) * HEAD_DIM + dimension;
+        if (ordered) {
+            unsigned* const words = reinterpret_cast<unsigned*>(out);
+            words[ordered_word(column, token, ordered / 2, ordered % 2, token % 8)] = four.x;
+            words[ordered_word(column + 2, token, ordered / 2, ordered % 2, token % 8)] = four.y;
+        } else *reinterpret_cast<uint2*>(out + (size_t)token * heads * HEAD_DIM + column) = four;
+    };
     if (length <= 0) {  // a padded row without a context
         wait_for_predecessor();
-        for (int i = threadIdx.x; i < my_heads * HEAD_DIM; i += THREADS) target[i] = __float2half(0);
+        for (int i = threadIdx.x; i < my_heads * PIECES; i += THREADS)
+            put(token, i / PIECES, i % PIECES * 4, make_uint2(0, 0));
         return;
     }
     const int* table = pages + (size_t)sequence * table_width;
@@ -207,6 +221,7 @@ extern "C" __global__ void
         inboxes_wait_open();
     }
 #endif
+    if (threadIdx.x == 0) shared_token = token;
     if (threadIdx.x < my_heads)
         shared_sinks[threadIdx.x] = sink_score(sinks, kv_head * group + first_head + threadIdx.x);
 
@@ -412,7 +427,7 @@ extern "C" __global__ void
                 sum.add(power_of_two(share.x - m), share.y, *reinterpret_cast<const float4*>(o));
             }
             if (chunks == 1) {
-                sum.store(target + head * HEAD_DIM + dimension, m, shared_sinks[head], out_factor);
+                put(shared_token, head, dimension, sum.halves(m, shared_sinks[head], out_factor));
 #if CLUSTER > 1
             } else if (exchange) {
                 const int owner = (i + 0.5f) * per_slice, at = i - owner * slice;  // exact for so few
@@ -447,7 +462,7 @@ extern "C" __global__ void
                 const float4 part = inbox[min(c, chunks - 1) * slice + i - first_piece];
                 sum.add(c < chunks ? power_of_two(share[c].x - m) : 0.0f, share[c].y, part);
             }
-            sum.store(target + head * HEAD_DIM + dimension, m, shared_sinks[head], out_factor);
+            put(shared_token, head, dimension, sum.halves(m, shared_sinks[head], out_factor));
         }
         return;
     }
@@ -486,7 +501,7 @@ extern "C" __global__ void
             sum.add(weight.x, weight.y, __ldcg(reinterpret_cast<const float4*>(parts + (size_t)c * slots * HEAD_DIM)));
         }
         const float largest = shared_statistics[0][0][head].x;
-        sum.store(target + head * HEAD_DIM + dimension, largest, shared_sinks[head], out_factor);
+        put(shared_token, head, dimension, sum.halves(largest, shared_sinks[head], out_factor));
     }
     if (threadIdx.x == 0) *ticket = 0;
 }

@@ -580,14 +580,16 @@ __device__ __forceinline__ void record_norm(float sum, unsigned* largest) {
         MANY_TOKENS(Tile, false)(weights, x, nullptr, blockIdx.x * MANY_TOKENS_PER_BLOCK, tokens, K, row_tiles, e);    \
     }
 #elif defined(EXPERTS)
-// Registers for two blocks of 16 warps on an SM, where the format needs no more.
-#define EXPERT_BLOCKS(Tile) (Tile::PLANES == 2 || Tile::BLOCK_SCALED ? 1 : 32 / EXPERT_WARPS)
+// Registers for 40 warps on an SM, or fewer where a format needs more.
+#define EXPERT_BLOCKS(Tile)                                                                                            \
+    ((Tile::PLANES == 2 || Tile::BLOCK_SCALED ? 16 : Tile::BYTES < 2048 ? 40 : 24) / EXPERT_WARPS)
 #define LINEAR_ENTRIES(Tile)                                                                                           \
     extern "C" __global__ void __launch_bounds__(EXPERT_WARPS * 32, EXPERT_BLOCKS(Tile))                               \
-        few_experts(const unsigned char* weights, const __half* x, const int* ids, const float* shares, int slots,     \
-                    int pairs_of_x, int K, int row_tiles, EPILOGUE_PARAMETERS) {                                       \
+        few_experts(const unsigned char* weights, const __half* x, int x_slots, int K, int row_tiles, const int* ids,  \
+                    int tokens, int slots, const float* shares, float* partial, int* tickets, EPILOGUE_PARAMETERS) {   \
+        const Choices choices = {ids, tokens, slots, shares, partial, tickets};                                        \
         const Epilogue e = EPILOGUE;                                                                                   \
-        chosen_experts<Tile, EXPERT_WARPS>(weights, x, ids, shares, slots, pairs_of_x, K, row_tiles, e);               \
+        chosen_experts<Tile, EXPERT_WARPS>(weights, x, x_slots, K, row_tiles, choices, e);                             \
     }
 #else
 #ifndef FEW_HALVED

@@ -164,7 +164,9 @@ def linear(device: Device, x: Activation | Normed, weight: CudaLinear, *, activa
         out = device.scratch((tokens, weight.out_features), np.float16)
         device.kernel("scale_columns", "multiply_halves")(tokens, 256, both, out, weight.out_features,
                                                           ACTIVATIONS[activation], 2.0**inner, 2.0**-exponent, pdl=True)
-    elif then is not None and not deterministic and _hands_over(device, tokens, weight, then):
+    elif (then is not None and not deterministic and len(weight.groups) == 1
+          and warpgroup.runs(device, weight.groups[0].layout)
+          and takes_ordered(device, tokens, weight.out_features, then)):
         ordered = warpgroup.Ordered.empty(device, (tokens, weight.out_features), then.groups[0].layout.interleaved)
         _launch(device, x, weight.groups[0], ordered.data, ordered_mode(ordered), activation, exponent, deterministic)
         return Activation(None, exponent, bound, ordered=ordered)
@@ -180,10 +182,10 @@ def ordered_mode(out: warpgroup.Ordered) -> int:
     return STORE_INTERLEAVED if out.interleaved else STORE_ORDERED
 
 
-def _hands_over(device: Device, tokens: int, weight: CudaLinear, then: CudaLinear) -> bool:
-    return (tokens > FEW_TOKENS and weight.out_features % warpgroup.WHOLE == 0 and then.groups[0].prescale is None
-            and all(len(linear.groups) == 1 and warpgroup.runs(device, linear.groups[0].layout)
-                    for linear in (weight, then)))
+def takes_ordered(device: Device, tokens: int, features: int, then: CudaLinear) -> bool:
+    """Whether a linear would order [tokens, features] first: then whoever writes them may do so."""
+    return (tokens > FEW_TOKENS and features % warpgroup.WHOLE == 0 and len(then.groups) == 1
+            and then.groups[0].prescale is None and warpgroup.runs(device, then.groups[0].layout))
 
 
 def check_activation(activation: str | None, gated: bool) -> None:

@@ -113,8 +113,8 @@ class Packed:
 
     @functools.cached_property
     def tickets(self) -> cupy.ndarray:
-        """int32 [row tiles], for blocks that share a row tile to count each other; zero between kernels."""
-        return self.device.zeros(self.row_tiles, np.int32)
+        """int32 [FEW_TOKENS * row tiles], for blocks that share an output to count each other; zero between kernels."""
+        return self.device.zeros(FEW_TOKENS * self.row_tiles, np.int32)
 
     @property
     def nbytes(self) -> int:

@@ -177,6 +177,14 @@ def test_attention(device, case: AttentionCase, deterministic: bool):
 
 COMPANY = AttentionCase(((700, 1), (64, 1), (0, 1), (9000, 1), (63, 1), (127, 1), (2047, 1), (5, 1)), 8, 2,
                         64, norm=True)
+COMPANIES = [
+    COMPANY,  # each chunk has a block; below, eight sequences have two chunks for a block, and wide heads
+    AttentionCase(((700, 1), (64, 1), (0, 1), (2100, 1), (63, 1), (512, 1), (1030, 1), (5, 1)), 16, 8, 256, window=1000,
+                  norm=True, v_norm=True),
+    AttentionCase(((700, 1), (64, 1), (0, 1), (2000, 1), (63, 1), (545, 1), (1030, 1), (5, 1)), 32, 8, 128),
+    AttentionCase(((700, 1), (31, 1), (0, 1), (5000, 1), (32, 1), (545, 1), (1030, 1), (5, 1)), 64, 8, 512, norm=True,
+                  v_norm=True, values_are_keys=True),
+]
 
 
 def filled(device, case: AttentionCase) -> tuple[Layer, Batch, np.ndarray]:
@@ -195,14 +203,15 @@ def one_of(batch: Batch, s: int, width: int) -> Batch:
                  batch.lengths[s:s + 1], pages, np.zeros(1, np.int32), np.array([count - 1], np.int32))
 
 
-def test_a_decoded_row_is_bit_equal_in_any_company(device):
-    layer, batch, qkv = filled(device, COMPANY)
+@pytest.mark.parametrize("case", COMPANIES, ids=str)
+def test_a_decoded_row_is_bit_equal_in_any_company(device, case: AttentionCase):
+    layer, batch, qkv = filled(device, case)
     together = layer.run(qkv, batch)
     for s, length in enumerate(batch.lengths.tolist()):
         # By one table the chunks of a short context meet in a cluster, by the others in memory.
         for width in (-(-length // PAGE_TOKENS), batch.pages.shape[2], 256):
             assert (layer.run(qkv[s:s + 1], one_of(batch, s, width)) == together[s]).all()
-    mixed = AttentionCase(COMPANY.sequences[:7] + ((0, 50),), 8, 2, 64, norm=True)
+    mixed = dataclasses.replace(case, sequences=case.sequences[:7] + ((0, 50),))
     layer, batch, _ = filled(device, mixed)
     alone = [layer.run(qkv[s:s + 1], one_of(batch, s, batch.pages.shape[2])) for s in range(7)]
     company = layer.run(np.concatenate([qkv[:7], random_qkv(mixed, 50, 3)]), batch)

@@ -19,8 +19,8 @@ from fp4rt.ops.cuda.rms_norm import Norm
 from fp4rt.ops.cuda.warpgroup import Ordered
 
 _COMMON_HEAD_DIMS = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 256, 512)
-_MAX_CHUNKS, _DECODE_THREADS = 64, 128  # as in kernels/attention_decode.cu
-_LONG_BLOCKS = 264  # of one long sequence, over all heads: two for each multiprocessor of an H100
+_MAX_CHUNKS, _TILE = 64, 16  # as in kernels/attention_decode.cu
+_LONG_BLOCKS = 132  # of one long sequence, over all heads: one for each multiprocessor of an H100
 _WRITE_THREADS = 128
 
 
@@ -28,13 +28,15 @@ def variants(capability: int) -> list[tuple[str, dict[str, int], int]]:
     """(stem, defines, dynamic shared bytes) that this module may launch, at published models' head sizes."""
     pages, found = ({}, {"KV_FP8": 1}), []
     for dim in _COMMON_HEAD_DIMS:
-        ways = [_variant(dim, tiles, capability, sequences, chunks, per_sm)
-                for tiles in ((1, 2) if dim <= 128 else (1,))
-                for sequences, chunks, per_sm in ((1, 1, 1), (1, 8, 1), (8, 8, 4), (2, 32, 4), (16, 2, 4), (16, 4, 4))]
         for kv in pages:
             found.append(("attention_prefill", {"HEAD_DIM": dim, **kv}, _flash(dim, capability)[2]))
-            found += [("attention_decode", {"HEAD_DIM": dim, **way, **kv}, 0)
-                      for way in ({tuple(way.items()): way for way in ways}).values()]
+            plans = {}
+            for tiles in (1, 2) if dim <= 128 else (1,):
+                for chunks, crowded in ((1, False), (8, False), (8, True), (32, False), (2, False)):
+                    plan = _Decode.of(dim, tiles, 8 * tiles, 1 if kv else 2, capability, chunks, crowded)
+                    plans[tuple(plan.defines.items())] = plan
+            found += [("attention_decode", {"HEAD_DIM": dim, **plan.defines, **kv}, plan.shared)
+                      for plan in plans.values()]
     return found
 
 
@@ -141,50 +143,78 @@ def _decode(device: Device, qkv: Activation, batch: DeviceBatch, pages: Pages, s
     table = batch.tables[pages.group]
     sequences, width = table.shape
     tiles = 2 if group > 8 and dim <= 128 else 1
-    blocks = kv_heads * -(-group // (8 * tiles))
+    blocks, rows = kv_heads * -(-group // (8 * tiles)), min(group, 8 * tiles)
     if blocks > TICKETS:
         raise Fp4rtError(
             "checkpoint", f"{kv_heads} K/V heads and {shape.num_heads} heads are more than the CUDA "
             "backend's attention takes; use device='cpu'")
-    visible = min(width, -(-shape.window // PAGE_TOKENS) + 1) if shape.window else width
+    warps, split = _warps(dim)
+    turn = _TILE * warps // split
+    turns = -(-width * PAGE_TOKENS // turn)
+    if shape.window:
+        turns = min(turns, -(-shape.window // turn) + 1)
     spread, short, most = _chunking(blocks, sequences)
-    chunks = min(most, max(min(spread, visible), -(-visible // short)))
-    variant = _variant(dim, tiles, device.capability, sequences, chunks, blocks * sequences * chunks / device.sm_count)
-    cluster = variant["CLUSTER"]
-    slots = sequences * blocks * chunks * min(group, 8 * tiles) if chunks > cluster else 0
+    chunks = min(turns, most, max(spread, -(-turns // short)))
+    # Where a multiprocessor's registers have room for two or three blocks and there would be about so many.
+    crowded = sequences <= 8 and blocks * sequences * chunks > 0.75 * (3 if dim <= 128 else 2) * device.sm_count
+    plan = _Decode.of(dim, tiles, rows, pages.keys.itemsize, device.capability, chunks, crowded)
+    slots = sequences * blocks * plan.blocks * plan.parts * rows if plan.blocks > plan.cluster else 0
     partial = device.scratch((slots, dim), np.float32)
     statistics = device.scratch((slots, 2), np.float32)
-    device.kernel("attention_decode", "attention_decode", **defines, **variant)(
-        (blocks, sequences, -(-chunks // cluster) * cluster), _DECODE_THREADS, qkv.data, pages.keys, pages.values,
-        batch.starts, batch.lengths, table, width, shape.num_heads, kv_heads, *opening, spread, short, most, partial,
-        statistics, batch.tickets, 2 * ordered.padded + ordered.interleaved if ordered else 0, out, pdl=True)
+    device.kernel("attention_decode", "attention_decode", **defines, **plan.defines)(
+        (blocks, sequences, -(-plan.blocks // plan.cluster) * plan.cluster), 32 * warps, qkv.data, pages.keys,
+        pages.values, batch.starts, batch.lengths, table, width, shape.num_heads, kv_heads, *opening, spread, short,
+        most, partial, statistics, batch.tickets, 2 * ordered.padded + ordered.interleaved if ordered else 0, out,
+        shared=plan.shared, pdl=True)
 
 
 def _chunking(blocks: int, sequences: int) -> tuple[int, int, int]:
-    """(spread, short_pages, max_chunks) of kernels/attention_decode.cu: the same for 1 to 8 sequences, so that they do
+    """(spread, short_turns, max_chunks) of kernels/attention_decode.cu: the same for 1 to 8 sequences, so that they do
     not change each other; more of them fill the chip with fewer and longer chunks."""
     if sequences <= 8:
-        return 8, 2, min(_MAX_CHUNKS, max(8, _LONG_BLOCKS // blocks))
-    if sequences * blocks <= 128:
-        return 4, 4, 8
-    return (2, 8, 8) if sequences * blocks < 1024 else (1, 16, 8)
+        return 8, 4, min(_MAX_CHUNKS, max(8, _LONG_BLOCKS // blocks))
+    spread = max(1, min(8, 256 // (sequences * blocks)))
+    return spread, 16 // spread, 8
 
 
-def _variant(head_dim: int, tiles: int, capability: int, sequences: int, chunks: int, per_sm: float) -> dict[str, int]:
-    """How the blocks of the decode kernel run, which changes no result.
+def _warps(dim: int) -> tuple[int, int]:
+    """Warps of a block of the decode kernel, and how many of them share keys, each with its part of the dimensions."""
+    if dim <= 256:
+        return 4, 1
+    return (4, 2) if dim % 64 else (8, 4)
 
-    In clusters (sm_90), where one has all chunks; with registers for four on an SM where three would not all fit, and
-    the next kernel needs its half of the registers beside them.
-    """
-    variant = {"HEAD_TILES": tiles, "CLUSTER": 1}
-    if capability < 90 or head_dim > 256:
-        return variant
-    if 1 < chunks <= 8:
-        least = 2 if head_dim <= 128 else 4  # two blocks of more dimensions lack registers
-        variant["CLUSTER"] = 8 if sequences <= 8 else max(least, 1 << (chunks - 1).bit_length())
-    if 1 < per_sm <= 4 and sequences <= 8 and head_dim <= 128 and tiles == 1:
-        variant["BLOCKS"] = 4
-    return variant
+
+@dataclass(frozen=True)
+class _Decode:
+    """How the decode kernel runs, which changes no result: chunks of one sequence that a block takes (parts), blocks
+    that all its chunks need, and of one cluster; dynamic shared bytes."""
+
+    defines: dict[str, int]
+    parts: int
+    blocks: int
+    cluster: int
+    shared: int
+
+    @staticmethod
+    def of(dim: int, tiles: int, rows: int, kv_bytes: int, capability: int, chunks: int, crowded: bool) -> _Decode:
+        """tiles: of eight query heads each, `rows` of which are there; kv_bytes: of a number in the pages."""
+        # Clusters (sm_90) where one has all chunks; two chunks for a block let more of them run side by side. Longer
+        # contexts fill the chip evenly as they are; wider heads lack the registers and shared memory.
+        clustered = capability >= 90 and chunks <= 8
+        parts = 2 if clustered and crowded and chunks > 1 and dim <= 256 else 1
+        blocks = -(-chunks // parts)
+        cluster = 1 << (blocks - 1).bit_length() if clustered else 1
+        # Two blocks of wide heads with shares of two chunks and tiles would leave the next linear no shared memory.
+        staged = capability in (80, 90) and (parts == 1 or dim <= 128)
+        warps, split = _warps(dim)
+        row = dim // split * kv_bytes
+        strides = (row + 63) // 128 * 128 + 64 + (row + 111) // 128 * 128 + 16  # KEY_STRIDE and VALUE_STRIDE in bytes
+        waiting = (2 * warps if split > 1 else 1) * 512 + warps * (_TILE * strides if staged else 32 * kv_bytes)
+        waiting = max(waiting, 8 * tiles * _MAX_CHUNKS * 8)
+        shares = parts * (warps // split) * rows * (dim + 4) * 4
+        inbox = 16 * (rows * dim // 4 + cluster) * parts if cluster > 1 else 0
+        return _Decode({"HEAD_TILES": tiles, "PARTS": parts, "CLUSTER": cluster, "STAGED": int(staged)}, parts, blocks,
+                       cluster, (waiting + shares if parts > 1 else max(waiting, shares)) + inbox)
 
 
 def _flash(head_dim: int, capability: int) -> tuple[int, int, int]:

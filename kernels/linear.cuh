@@ -122,22 +122,29 @@ __device__ __forceinline__ void multiply(float (&acc)[N][4], const typename Tile
 // on the grid. Each warp has a ring of DEPTH slots in shared memory and keeps weights on the way, across row tiles,
 // while it computes; the first ones before the predecessor is done. The warp's own columns of the activations are
 // fetched once; where shared memory is too small for them (not RESIDENT) they come through the ring with the weights.
-// Resident activations may be normed on the way: every block sums a row's squares itself, as rms_norm.cu does.
+// Resident activations (not HALVED, below) may be normed on the way: every block sums a row's squares itself, as
+// rms_norm.cu does.
 //
-// A weight with too many columns for eight resident tokens is HALVED: a warp sums its first `half` tiles and the
-// others apart, and then the two. SPLIT, two blocks share each row tile, one half of the columns each, and the one that
-// is done last adds up the warps' sums of both: the same additions, with half the activations in a block.
+// A weight with too many columns for eight resident tokens is HALVED: the sums over the warps' first tiles and over the
+// others are added up apart, and then the two. SPLIT, two blocks share each row tile, one half of the columns each: the
+// same additions, with half the activations in a block. They take turns to write a row tile; the other hands its sums
+// over through memory, each with a mark beside it. Both are on the chip at the same time: all blocks of the grid find
+// places there, and later kernels start none before these have. The halves take turns to have an odd tile.
 //
 // Dynamic shared memory: rings [WARPS][DEPTH][slot]; resident activations [WARPS][tiles of a warp][tokens][Tile::K]
-// halves; sums [2][WARPS][tokens][SUM_STRIDE] floats; SPLIT: two ints.
+// halves; sums [2][HALVED and not SPLIT: 2][WARPS][tokens][SUM_STRIDE] floats.
 
 constexpr int SUM_STRIDE = 20;  // floats between columns of 16 rows: conflict-free for the accumulators' layout
 
-// SPLIT: partial is room for float32 [row tiles][2][WARPS][tokens][16]; tickets [row tiles] are zero before and after.
+// HALVED: how many of a warp's tiles are the first half; `large`: half of those of the warp that has most, rounded up.
+// SPLIT: handed_over [row tiles][tokens][16] is zero before and after.
 struct Halves {
-    int half;  // how many of a warp's tiles are summed first
-    float* partial;
-    int* tickets;
+    int large;
+    unsigned long long* handed_over;
+
+    __device__ __forceinline__ int first(int row_tile, int tiles) const {
+        return row_tile >> 1 & 1 ? tiles - large : large;
+    }
 };
 
 template <class Tile, int WARPS, int DEPTH, bool RESIDENT, bool HALVED, bool SPLIT>
@@ -148,14 +155,20 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const v
     constexpr int CHUNKS = Tile::K / 8, STEPS = Tile::K / 32, TILE = Tile::BYTES / 16;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int k_tiles = (K + Tile::K - 1) / Tile::K, x_tile = tokens * CHUNKS;
-    const int part = SPLIT ? blockIdx.x % 2 : 0, first = part * halves.half;  // of this warp's tiles
     const int block = SPLIT ? blockIdx.x / 2 : blockIdx.x, blocks = SPLIT ? gridDim.x / 2 : gridDim.x;
-    const int all = max(0, (k_tiles - warp + WARPS - 1) / WARPS);
-    const int most = SPLIT ? halves.half : (k_tiles + WARPS - 1) / WARPS;
-    const int mine = SPLIT ? part ? max(0, all - halves.half) : min(all, halves.half) : all;
+    const int part = SPLIT ? blockIdx.x % 2 : 0;
+    // A warp has `all` tiles of a row, or one has `tiles`; this block may need `mine` of them from `first` on, and of a
+    // row tile those from begin(row_tile) up to end(row_tile).
+    const int all = max(0, (k_tiles - warp + WARPS - 1) / WARPS), tiles = (k_tiles + WARPS - 1) / WARPS;
+    const int first = SPLIT && part ? tiles - halves.large : 0, most = SPLIT ? halves.large : tiles;
+    const int mine = SPLIT ? max(0, min(all - first, most)) : all;
+    auto begin = [&](int row_tile) { return SPLIT && part ? halves.first(row_tile, tiles) : 0; };
+    auto end = [&](int row_tile) { return SPLIT && !part ? min(all, halves.first(row_tile, tiles)) : all; };
     // A slot is free as soon as its tile is in registers, unless activations lie behind it or registers are short.
     constexpr bool FETCH_EARLY = RESIDENT && sizeof(typename Tile::Raw) <= 64;
     const int slot_size = RESIDENT ? TILE : TILE + x_tile;
+    constexpr bool NORMS = RESIDENT && !HALVED;
+    constexpr int HALF_SETS = HALVED && !SPLIT ? 2 : 1;
     const bool aligned = K % 8 == 0;
     // Places in shared memory are offsets in bytes: half the registers of pointers.
     unsigned char* const base = reinterpret_cast<unsigned char*>(shared);
@@ -169,19 +182,27 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const v
             stage_chunk(reinterpret_cast<uint4*>(base + to) + chunk_at<Tile>(token, c),
                         static_cast<const __half*>(x) + (size_t)token * K, k, K, true, aligned);
     };
-    // What is fetched next: this lane's part of the tile, its number in the row, how many there are.
-    const unsigned char* tile = weights + ((size_t)block * k_tiles + warp + first * WARPS) * Tile::BYTES + lane * 16;
-    const int to_next_row = (blocks * k_tiles - mine * WARPS) * Tile::BYTES;
-    int number = 0, left = block < row_tiles ? mine * ((row_tiles - 1 - block) / blocks + 1) : 0;
+    // What is fetched next: this lane's part of a tile, the tile's number among the warp's, and its row tile.
+    auto place = [&](int row_tile, int i) {
+        return weights + ((size_t)row_tile * k_tiles + warp + i * WARPS) * Tile::BYTES + lane * 16;
+    };
+    const unsigned char* tile = place(block, begin(block));
+    const int to_next_row = (blocks * k_tiles - all * WARPS) * Tile::BYTES;
+    int number = begin(block), fetch_row = all > 0 ? block : row_tiles;
     auto fetch = [&](unsigned slot) {
-        if (left > 0) {
+        if (SPLIT)
+            while (fetch_row < row_tiles && number >= end(fetch_row)) {  // a half may hold none of the warp's tiles
+                fetch_row += blocks;
+                number = begin(fetch_row);
+                tile = place(fetch_row, number);
+            }
+        if (fetch_row < row_tiles) {
 #pragma unroll
             for (int i = 0; i < TILE; i += 32)
                 if (i + 32 <= TILE || lane < TILE - i) copy_async(base + slot + (i + lane) * 16, tile + i * 16, 16);
             if constexpr (!RESIDENT) fetch_x(slot + TILE * 16, number);
-            left--;
             tile += WARPS * Tile::BYTES;
-            if (++number == mine) number = 0, tile += to_next_row;
+            if (++number == all && !SPLIT) number = 0, tile += to_next_row, fetch_row += blocks;
         }
         copy_commit();
     };
@@ -222,33 +243,38 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const v
         }
         __syncwarp();
     };
-    // The same, normed. The weights of a lane's first tile are read before the predecessor is done; with one token the
-    // parts of a warp take turns with the tiles.
-    const int first_tile = tokens == 1 ? lane / CHUNKS : 0, tile_step = tokens == 1 ? ROWS : 1;
+    // The same, normed. Parts of a warp take turns with the tiles; the weights of the first are read before the
+    // predecessor is done.
     float4 norm_weight[2];
-    auto load_norm_weight = [&]() { load_eight(norm_weight, norm.weight, column(first_tile), K, aligned); };
+    auto load_norm_weight = [&](int i) { load_eight(norm_weight, norm.weight, column(i), K, aligned); };
     auto load_normed = [&]() {
         const float* rows = static_cast<const float*>(x);
 #pragma unroll 1
-        for (int token = 0; token < tokens; token++) {
-            const float squares = warp_squares<WARPS * 32>(rows + (size_t)token * K, K);
-            if (lane == 0) sums[warp * tokens + token] = squares;
+        for (int token = 0; token < tokens; token += 2) {
+            const float* const row = rows + (size_t)token * K;
+            const bool two = token + 1 < tokens;
+            float squares[2];
+            warp_squares<WARPS * 32>(squares, {row, two ? row + K : nullptr}, K);
+            if (lane == 0) sums[warp * tokens + token] = squares[0];
+            if (lane == 0 && two) sums[warp * tokens + token + 1] = squares[1];
         }
         __syncthreads();
 #pragma unroll 1
-        for (int token = tokens == 1 ? 0 : lane / CHUNKS; token < tokens; token += ROWS) {
-            const float* row = rows + (size_t)token * K;
-            uint4* const to = resident + chunk_at<Tile>(token, to_c);
-            float4 values[2];
-            load_eight(values, row, column(first_tile), K, aligned);
-            const float scale = norm.factor / row_length<WARPS>(sums + token, tokens, K, norm.eps);
-            if (first_tile < mine) to[first_tile * x_tile] = normed_eight(values, scale, norm_weight);
+        for (int i = lane / CHUNKS; i < mine; i += ROWS) {
+            if (i >= ROWS) load_norm_weight(i);
 #pragma unroll 1
-            for (int i = first_tile + tile_step; i < mine; i += tile_step) {
-                float4 weight[2];
-                load_eight(values, row, column(i), K, aligned);
-                load_eight(weight, norm.weight, column(i), K, aligned);
-                to[i * x_tile] = normed_eight(values, scale, weight);
+            for (int token = 0; token < tokens; token += 2) {
+                const float* const row = rows + (size_t)token * K;
+                float4 values[2][2];
+                load_eight(values[0], row, column(i), K, aligned);
+                if (token + 1 < tokens) load_eight(values[1], row + K, column(i), K, aligned);
+#pragma unroll
+                for (int u = 0; u < 2; u++) {
+                    if (token + u >= tokens) continue;
+                    const float scale = norm.factor / row_length<WARPS>(sums + token + u, tokens, K, norm.eps);
+                    uint4& to = resident[i * x_tile + chunk_at<Tile>(token + u, to_c)];
+                    to = normed_eight(values[u], scale, norm_weight);
+                }
             }
         }
         __syncthreads();  // the sums' place is free again
@@ -258,13 +284,13 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const v
     if constexpr (RESIDENT) {
 #pragma unroll 1
         for (unsigned slot = ring; slot != ring_end; slot += slot_bytes) fetch(slot);
-        if (norm.weight) load_norm_weight();
+        if (NORMS && norm.weight) load_norm_weight(lane / CHUNKS);
     }
     for (int i = threadIdx.x; block + i * blocks < row_tiles; i += WARPS * 32)
         prefetch(e.row_scale + (block + i * blocks) * 16);
     wait_for_predecessor();
     if constexpr (RESIDENT) {
-        if (norm.weight) load_normed();
+        if (NORMS && norm.weight) load_normed();
         else load_x();
     } else {
 #pragma unroll 1
@@ -277,7 +303,7 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const v
     // The warps that add up a row tile's sums take turns; the others go on to the next one. There are two sets of sums,
     // each with a barrier for "written", where the adders wait, and one for "read", where all others wait before they
     // write it again (the adders wait for each other at once).
-    enum { WRITTEN = 1, READ = 3, ADDED = 5, DECIDED = 7 };
+    enum { WRITTEN = 1, READ = 3, ADDED = 5 };
     const int adders = (tokens + 1) / 2;  // warps: 16 rows x tokens threads
     const bool gated = is_gated(e.activation);
     int added = 0;  // bit: whether this warp read that set
@@ -295,26 +321,26 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const v
                 before = reinterpret_cast<const float*>(e.out)[(size_t)column_token * e.stride + column];
         }
 
-        const int which = count & 1;
-        float* const set = sums + which * WARPS * tokens * SUM_STRIDE;
+        const int which = count & 1, half_size = WARPS * tokens * SUM_STRIDE;
+        float* const set = sums + which * HALF_SETS * half_size;
         float acc[1][4] = {};
-        const bool halved = HALVED && !SPLIT && mine > halves.half;
-        auto put_sums = [&](bool again) {
-            if (!again && count >= 2 && !(added >> which & 1)) barrier_wait(READ + which, WARPS * 32);
-            float* own = set + warp * tokens * SUM_STRIDE + 2 * t * SUM_STRIDE + g;
+        auto put_sums = [&](int half) {
+            if (half == 0 && count >= 2 && !(added >> which & 1)) barrier_wait(READ + which, WARPS * 32);
+            float* own = set + half * half_size + warp * tokens * SUM_STRIDE + 2 * t * SUM_STRIDE + g;
 #pragma unroll
             for (int j = 0; j < 2; j++) {
                 if (2 * t + j >= tokens) continue;
                 float* two = own + j * SUM_STRIDE;
-                two[0] = again ? two[0] + acc[0][j] : acc[0][j];
-                two[8] = again ? two[8] + acc[0][2 + j] : acc[0][2 + j];
+                two[0] = acc[0][j];
+                two[8] = acc[0][2 + j];
             }
         };
-        unsigned x_at = own_x + even;
+        const int last_tile = end(row_tile), second_half = HALF_SETS == 2 ? halves.first(row_tile, tiles) : 0;
+        unsigned x_at = own_x + even + (begin(row_tile) - first) * x_tile * 16;
 #pragma unroll 1
-        for (int i = 0; i < mine; i++) {
-            if (halved && i == halves.half) {
-                put_sums(false);
+        for (int i = begin(row_tile); i < last_tile; i++) {
+            if (HALF_SETS == 2 && i == second_half) {
+                put_sums(0);
                 acc[0][0] = acc[0][1] = acc[0][2] = acc[0][3] = 0.0f;
             }
             copy_wait<DEPTH - 1>();
@@ -342,51 +368,50 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const v
             if (drain == ring_end) drain = ring;
         }
 
-        put_sums(halved);
+        if (HALF_SETS == 2 && last_tile <= second_half) {  // nothing in the second half
+            put_sums(0);
+            acc[0][0] = acc[0][1] = acc[0][2] = acc[0][3] = 0.0f;
+        }
+        put_sums(HALF_SETS - 1);
         if (!adds) barrier_arrive(WRITTEN + which, WARPS * 32);
         else {
             const int slot = turn * 32 + lane, row = slot % 16, column_token = slot / 16;
             const int column = gated ? row_tile * 8 + row % 8 : row_tile * 16 + row;
-            const bool writes = column_token < tokens && column < e.features && !(gated && row >= 8);
+            const bool valid = column_token < tokens;
+            bool writes = valid && column < e.features && !(gated && row >= 8);
             barrier_wait(WRITTEN + which, WARPS * 32);
             float value = 0.0f;
-            bool last = true;
+            if (valid) {
+                const float* warps = set + column_token * SUM_STRIDE + row;
+#pragma unroll
+                for (int w = 0; w < WARPS; w++) value += warps[w * tokens * SUM_STRIDE];
+                if constexpr (HALF_SETS == 2) {
+                    float second = 0.0f;
+#pragma unroll
+                    for (int w = 0; w < WARPS; w++) second += warps[half_size + w * tokens * SUM_STRIDE];
+                    value += second;
+                }
+            }
+            barrier_wait(ADDED + which, adders * 32);
+            barrier_arrive(READ + which, WARPS * 32);
             if constexpr (SPLIT) {
-                float* both = halves.partial + (size_t)row_tile * 2 * WARPS * tokens * 16 + slot;
-                int* const decided = reinterpret_cast<int*>(sums + 2 * WARPS * tokens * SUM_STRIDE);
-                if (column_token < tokens) {
-#pragma unroll
-                    for (int w = 0; w < WARPS; w++)
-                        both[(part * WARPS + w) * tokens * 16] = set[(w * tokens + column_token) * SUM_STRIDE + row];
+                volatile unsigned long long* const exchange =
+                    halves.handed_over + (size_t)row_tile * tokens * 16 + slot;
+                if ((count & 1) != part) {
+                    if (valid) *exchange = 1ull << 32 | __float_as_uint(value);
+                    writes = false;
+                } else if (valid) {
+                    unsigned long long other;
+                    while (!(other = *exchange)) {}
+                    *exchange = 0;
+                    value += __uint_as_float((unsigned)other);
                 }
-                __threadfence();
-                barrier_wait(ADDED + which, adders * 32);
-                barrier_arrive(READ + which, WARPS * 32);
-                if (slot == 0) {
-                    decided[which] = atomicAdd(&halves.tickets[row_tile], 1);
-                    if (decided[which]) halves.tickets[row_tile] = 0;
-                }
-                barrier_wait(DECIDED + which, adders * 32);
-                last = decided[which];
-                __threadfence();
-                if (last && column_token < tokens) {
-#pragma unroll
-                    for (int w = 0; w < WARPS; w++)
-                        value += __ldcg(both + w * tokens * 16) + __ldcg(both + (WARPS + w) * tokens * 16);
-                }
-            } else {
-                if (column_token < tokens) {
-#pragma unroll
-                    for (int w = 0; w < WARPS; w++) value += set[(w * tokens + column_token) * SUM_STRIDE + row];
-                }
-                barrier_wait(ADDED + which, adders * 32);
-                barrier_arrive(READ + which, WARPS * 32);
             }
             value = value * (row_scale * e.in_factor) + bias;
             const float up = __shfl_down_sync(0xffffffffu, value, 8, 16);
             if (gated) value = gated_product(value, up, e.activation);
             else if (e.activation == RELU2) value = relu2(value);
-            if (last && writes) store(e, column_token, column, value, before);
+            if (writes) store(e, column_token, column, value, before);
         }
         added = (added & ~(1 << which)) | adds << which;
         turn = turn < adders ? turn + WARPS - adders : turn - adders;
@@ -590,16 +615,13 @@ __device__ __forceinline__ void record_norm(float sum, unsigned* largest) {
         chosen_experts<Tile, EXPERT_WARPS>(weights, x, ids, shares, slots, pairs_of_x, K, row_tiles, e);               \
     }
 #else
-#ifndef FEW_HALVED
-#define FEW_HALVED 0
-#endif
 #define FEW_TOKENS(Tile, RESIDENT, SPLIT) few_tokens<Tile, FEW_WARPS, FEW_DEPTH, RESIDENT, FEW_HALVED, SPLIT>
 #define LINEAR_ENTRIES(Tile)                                                                                           \
     extern "C" __global__ void __launch_bounds__(FEW_WARPS * 32, FEW_BLOCKS)                                           \
         few(const unsigned char* weights, const void* x, int tokens, int K, int row_tiles, int resident,               \
             int half, const float* norm, float norm_eps, float norm_factor, EPILOGUE_PARAMETERS) {                     \
         const RowNorm before = {norm, norm_eps, norm_factor};                                                          \
-        const Halves halves = {half, nullptr, nullptr};                                                                \
+        const Halves halves = {half, nullptr};                                                                         \
         const Epilogue e = EPILOGUE;                                                                                   \
         if (resident) FEW_TOKENS(Tile, true, false)(weights, x, tokens, K, row_tiles, halves, before, e);              \
         else FEW_TOKENS(Tile, false, false)(weights, x, tokens, K, row_tiles, halves, before, e);                      \
@@ -609,9 +631,9 @@ __device__ __forceinline__ void record_norm(float sum, unsigned* largest) {
 #define SPLIT_ENTRY(Tile)                                                                                              \
     extern "C" __global__ void __launch_bounds__(FEW_WARPS * 32, 1)                                                    \
         few_split(const unsigned char* weights, const __half* x, int tokens, int K, int row_tiles, int half,           \
-                  float* partial, int* tickets, EPILOGUE_PARAMETERS) {                                                 \
+                  unsigned long long* handed_over, EPILOGUE_PARAMETERS) {                                              \
         const RowNorm before = {nullptr, 0.0f, 0.0f};                                                                  \
-        const Halves halves = {half, partial, tickets};                                                                \
+        const Halves halves = {half, handed_over};                                                                     \
         const Epilogue e = EPILOGUE;                                                                                   \
         FEW_TOKENS(Tile, true, true)(weights, x, tokens, K, row_tiles, halves, before, e);                             \
     }

@@ -85,7 +85,7 @@ def variants(capability: int) -> list[tuple[str, dict[str, int], int]]:
     found = [("scale_columns", {}, 0)]
     for layout in LAYOUTS:
         few = _few_plan(layout, limit, FEW_TOKENS, 1 << 20).shared
-        found += [(layout.stem, _few_defines(layout, limit, halved), few) for halved in (False, True)]
+        found += [(layout.stem, layout.few_defines(limit, halved), few) for halved in (False, True)]
         found += [(layout.stem, many.defines(layout, limit), many.stages(layout, limit) * many.stage_bytes(layout))
                   for many in MANY if many.runs(layout, limit)]
     return found
@@ -222,7 +222,7 @@ def _launch(device: Device, x: Activation | Normed, group: Packed, out: cupy.nda
         ordered = x.ordered(device, group.layout.interleaved)
         x = Activation(None, x.exponent, x.row_length(), x.row_length(), ordered=ordered)
     if isinstance(x, Normed) and (tokens > FUSED_NORM_TOKENS or group.prescale is not None
-                                  or not _few_plan(group.layout, device.shared_limit, tokens, k).resident):
+                                  or not _few_plan(group.layout, device.shared_limit, tokens, k).norms):
         x = x.computed(device)
     if group.prescale is not None:
         x = _prescaled(device, x, group)
@@ -250,7 +250,7 @@ def _launch(device: Device, x: Activation | Normed, group: Packed, out: cupy.nda
 def _few(device: Device, x: cupy.ndarray, group: Packed, out: cupy.ndarray, norm: tuple, epilogue: tuple) -> None:
     tokens, k = x.shape
     how = _few_plan(group.layout, device.shared_limit, tokens, k)
-    defines = _few_defines(group.layout, device.shared_limit, how.half > 0)
+    defines = group.layout.few_defines(device.shared_limit, how.half > 0)
     warps = defines["FEW_WARPS"]
     # One block of 16 warps leaves an SM's other half to the kernel that follows; smaller ones share an SM, and so do
     # those of a long gated pair, whose arithmetic they speed up by more than the next kernel's early start is worth. As
@@ -259,10 +259,9 @@ def _few(device: Device, x: cupy.ndarray, group: Packed, out: cupy.ndarray, norm
                                                                              device.shared_limit // how.shared)
     slots = device.sm_count * max(1, blocks)
     if how.split:
-        partial = device.scratch((group.row_tiles, 2, warps, tokens, 16), np.float32)
         device.kernel(group.layout.stem, "few_split", **defines)(
             2 * min(group.row_tiles, slots // 2), warps * 32, group.tiles, x, tokens, k, group.row_tiles, how.half,
-            partial, group.tickets, out, *epilogue, shared=how.shared, pdl=True)
+            group.handed_over, out, *epilogue, shared=how.shared, pdl=True)
         return
     shared = how.shared
     if device.has_pdl and epilogue[4] == ADD_FLOAT:
@@ -284,25 +283,31 @@ class _FewPlan:
     half: int
     shared: int
 
-
-def _few_defines(layout: Layout, shared_limit: int, halved: bool) -> dict[str, int]:
-    return {**layout.few_defines(shared_limit), **({"FEW_HALVED": 1} if halved else {})}
+    @property
+    def norms(self) -> bool:
+        """Whether the kernel can norm the activations itself."""
+        return self.resident and not self.half
 
 
 def _few_plan(layout: Layout, shared_limit: int, tokens: int, k: int) -> _FewPlan:
+    def resident(tiles: int, tokens: int, halved: bool, both: bool) -> int:
+        defines = layout.few_defines(shared_limit, halved)
+        warps, depth = defines["FEW_WARPS"], defines["FEW_DEPTH"]
+        return (warps * (depth * layout.tile_bytes + tiles * tokens * layout.tile_k * 2)
+                + sum_bytes(warps, tokens, halved and both))
+
     defines = layout.few_defines(shared_limit)
-    warps, depth = defines["FEW_WARPS"], defines["FEW_DEPTH"]
-
-    def resident(tiles: int, tokens: int) -> int:
-        return warps * (depth * layout.tile_bytes + tiles * tokens * layout.tile_k * 2) + sum_bytes(warps, tokens)
-
+    warps = defines["FEW_WARPS"]
     tiles = -(-k // (layout.tile_k * warps))
-    half = -(-tiles // 2) if resident(tiles, FEW_TOKENS) > shared_limit else 0  # whatever the tokens: one order of sums
-    if resident(tiles, tokens) <= shared_limit:
-        return _FewPlan(True, False, half, resident(tiles, tokens))
-    if tiles > 1 and resident(half, tokens) + 16 <= shared_limit:
-        return _FewPlan(False, True, half, resident(half, tokens) + 16)
-    ring = warps * depth * (layout.tile_bytes + tokens * layout.tile_k * 2) + sum_bytes(warps, tokens)
+    # Whatever the tokens: there is one order of sums.
+    halved = resident(tiles, FEW_TOKENS, False, True) > shared_limit
+    half = -(-tiles // 2) if halved else 0
+    if resident(tiles, tokens, halved, True) <= shared_limit:
+        return _FewPlan(True, False, half, resident(tiles, tokens, halved, True))
+    if tiles > 1 and resident(half, tokens, halved, False) <= shared_limit:
+        return _FewPlan(False, True, half, resident(half, tokens, halved, False))
+    depth = layout.few_defines(shared_limit, halved)["FEW_DEPTH"]
+    ring = warps * depth * (layout.tile_bytes + tokens * layout.tile_k * 2) + sum_bytes(warps, tokens, halved)
     return _FewPlan(False, False, half, ring)
 
 

@@ -24,9 +24,9 @@ def few_warps(shared_limit: int) -> int:
     return 16 if shared_limit > 128 << 10 else 8
 
 
-def sum_bytes(warps: int, tokens: int, halved: bool = False) -> int:
-    """Shared memory for the warps' sums in the few-token kernel: two sets of 16 rows, SUM_STRIDE apart, or of two."""
-    return (4 if halved else 2) * warps * tokens * 20 * 4
+def sum_bytes(warps: int, tokens: int) -> int:
+    """Shared memory for the warps' sums in the few-token kernel: two sets of 16 rows, SUM_STRIDE apart."""
+    return 2 * warps * tokens * 20 * 4
 
 
 def panels(rows: int, row_bytes: int) -> Iterator[slice]:
@@ -62,16 +62,16 @@ class Layout(ABC):
     interleaved = False
     reason: str
 
-    def few_defines(self, shared_limit: int, halved: bool = False) -> dict[str, int]:
+    def few_defines(self, shared_limit: int, division: int = 0) -> dict[str, int]:
         """Constants of the few-token kernel (and of `repack`, beside it): warps of a block, which split the columns;
-        tiles each has on the way; blocks whose registers fit an SM, so that the next kernel's can begin; whether the
-        halves of the columns are summed apart."""
+        tiles each has on the way; blocks whose registers fit an SM, so that the next kernel's can begin; how columns
+        are divided (enum Division in kernels/linear.cuh)."""
         warps = few_warps(shared_limit)
         slot = self.tile_bytes + FEW_TOKENS * self.tile_k * 2
-        depth = (shared_limit - sum_bytes(warps, FEW_TOKENS, halved)) // (warps * slot)
+        depth = (shared_limit - sum_bytes(warps, FEW_TOKENS)) // (warps * slot)
         blocks = 1 if self.defines.get("BLOCK_SCALES") and warps == 16 else 2
-        return {"FEW_WARPS": warps, "FEW_DEPTH": max(1, min(depth, 3)), "FEW_BLOCKS": blocks, "FEW_HALVED": int(halved),
-                **self.defines}
+        return {"FEW_WARPS": warps, "FEW_DEPTH": max(1, min(depth, 3)), "FEW_BLOCKS": blocks,
+                "FEW_DIVISION": division, **self.defines}
 
     def row_scales(self, part: Weight) -> np.ndarray | float:
         """What a row's sums are multiplied by at the end; repack may write it itself."""
@@ -112,11 +112,6 @@ class Packed:
     _largest: cupy.ndarray
     _largest_bias: tuple[float, ...]
     _bounds: dict[str, Any] = field(default_factory=dict)
-
-    @functools.cached_property
-    def handed_over(self) -> cupy.ndarray:
-        """uint64 [row tiles, tokens, 16], through which two blocks that share a row tile meet; zero between kernels."""
-        return self.device.zeros((self.row_tiles, FEW_TOKENS, 16), np.uint64)
 
     @property
     def nbytes(self) -> int:

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["LLM", "AsyncLLM", "Fp4rtError", "Output", "Sampling", "Session", "load"]
 
-_HOMES = {"LLM": "llm", "AsyncLLM": "async_llm", "Output": "llm", "Session": "session", "load": "llm", "Sampling": "sampling", "Fp4rtError": "errors"}
+_HOMES = {"LLM": "llm", "AsyncLLM": "async_llm", "Output": "llm", "Session": "session", "load": "llm",
+          "Sampling": "sampling", "Fp4rtError": "errors"}
 
 
 def __getattr__(name: str) -> Any:

@@ -201,6 +201,7 @@ class AsyncLLM:
         self._prompt_tokens = self._generated_tokens = 0
         if llm.has_text:
             llm.text  # read now: the first request should not wait for it
+        llm.engine.prepare()
         self._work = threading.Condition()
         self._closing = False
         self._failure: Fp4rtError | None = None
@@ -310,7 +311,7 @@ class AsyncLLM:
                     return
             try:
                 with self.llm.turn():
-                    for sequence, token in engine.events():
+                    for sequence, token in engine.events(others=True):
                         self._deliver(sequence, token)
                         self._let_go_cancelled()
                 self._let_go_cancelled()
@@ -325,9 +326,10 @@ class AsyncLLM:
         self._generated_tokens += token >= 0
         try:
             request._push(token)
-        except Exception as error:  # a tokenizer or grammar that breaks ends its own request only
+        except Exception as error:  # a tokenizer that breaks ends its own request only
             known = isinstance(error, Fp4rtError)
-            sequence.fail(error if known else Fp4rtError("request", f"the answer broke off: {error}"))
+            sequence.fail(error if known else Fp4rtError(
+                "internal", f"the answer broke off: {type(error).__name__}: {error}"))
         if sequence.finish_reason:
             self._let_go(request)
 

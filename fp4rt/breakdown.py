@@ -25,7 +25,7 @@ OPERATIONS = ("embed", "linear", "attention", "route", "experts", "merge", "per_
 _WEIGHTS = {"linear": ("weight",), "route": ("router",), "experts": ("up", "down"), "logits": ("head",),
             "per_layer_inputs": ("projection",), "per_layer_gate": ("gate",)}
 _SIGNATURES = {name: inspect.signature(getattr(Ops, name)) for name in OPERATIONS}
-_STEPS = 8          # run one by one before the one that is timed: over these the experts' choices are counted
+STEPS = 8           # run one by one before the one that is timed: over these the experts' choices are counted
 _CALLS = 32         # at least so many calls in what is replayed, so that starting it costs next to nothing
 _LONG_ENOUGH = 2e-3  # seconds of one timing, if the replays do not run out first
 
@@ -81,7 +81,7 @@ def breakdown(llm: LLM, prompts: Sequence[Sequence[int]], tokens: int, repeats: 
         found.append(_measure(llm, [len(prompt) for prompt in prompts], step, tokens, repeats))
         raise _Measured
 
-    with _replaced(llm.ops, record=record):
+    with _replaced(llm.ops, record=record), _replaced(llm.engine, small=0):  # so that only decode is recorded
         try:
             llm.generate(list(prompts), Sampling(temperature=0, max_tokens=tokens + 1, ignore_eos=True,
                                                  repetition_penalty=1.0))
@@ -107,14 +107,16 @@ class _Call:
 
 
 @contextmanager
-def _replaced(ops: Ops, **functions: Callable) -> Iterator[None]:
-    """`ops` with other functions under these names, for all who hold it."""
-    vars(ops).update(functions)
+def _replaced(held: Any, **others: Any) -> Iterator[None]:
+    """An object with other functions or values under these names, for all who hold it."""
+    before = {name: vars(held)[name] for name in others if name in vars(held)}
+    vars(held).update(others)
     try:
         yield
     finally:
-        for name in functions:
-            delattr(ops, name)
+        for name in others:
+            delattr(held, name)
+        vars(held).update(before)
 
 
 def _calls_of(ops: Ops, step: Callable[[], Any]) -> list[_Call]:
@@ -143,7 +145,7 @@ def _calls_of(ops: Ops, step: Callable[[], Any]) -> list[_Call]:
 
 def _measure(llm: LLM, lengths: list[int], step: Callable[[], Any], tokens: int, repeats: int) -> Breakdown:
     ops, names = llm.ops, {id(one.linear): one for one in llm.linears}
-    watched = max(1, min(_STEPS, tokens // 4))
+    watched = max(1, min(STEPS, tokens // 4))
     shares: dict[int, list[float]] = {}  # of a layer's experts (known by their weight), that each step chose
     for _ in range(watched):
         calls = _calls_of(ops, step)

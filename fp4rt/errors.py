@@ -11,7 +11,8 @@ class Fp4rtError(Exception):
     """A problem with what fp4rt was given, told in one line: what it is about, what was found, what to do.
 
     `kind` is one of "checkpoint" (a file is wrong or unsupported), "device" (driver, GPU, toolchain),
-    "memory" (it does not fit), "request" (a prompt, option or argument is wrong) or "overload" (ask again later).
+    "memory" (it does not fit), "request" (a prompt, option or argument is wrong), "overload" (ask again later) or
+    "internal" (a mistake of fp4rt's own, or of a library that it uses).
     `param` names the argument that is wrong, where one is.
     """
 

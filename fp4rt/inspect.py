@@ -11,7 +11,7 @@ from fp4rt.batch import PAGE_TOKENS
 from fp4rt.cache import Plan, describe
 from fp4rt.errors import Fp4rtError
 from fp4rt.formats import Fp8
-from fp4rt.room import DEFAULT_CONTEXT, cache_pages, check_context, parse_size, reserve_workspace
+from fp4rt.room import DEFAULT_CONTEXT, cache_pages, check_context, parse_size, reserve_workspace, set_aside
 from fp4rt.loading import Loader
 from fp4rt.models import load_model, read_config
 from fp4rt.ops.planning import Headers, planning_ops
@@ -34,10 +34,11 @@ class WeightKind:
 class Inspection:
     """Everything in bytes and tokens.
 
-    architecture: sizes from the config. layers: how many remember what. kinds: the linears, the head among them. other_bytes: norms, and the embedding
-    where it is not the head. table_bytes: rotary angles. unread: (what, how many, why) of tensors that are not used.
+    architecture: sizes from the config. layers: how many remember what. kinds: the linears, the head among them.
+    other_bytes: norms, and the embedding where it is not the head (embedding_bytes, else 0). table_bytes: rotary
+    angles. unread: (what, how many, why) of tensors that are not used.
     read_per_token: bytes of weights that each decode step reads; kv_per_token: that each token of context adds to it,
-    and takes. workspace: of the widest step. free: what may be allocated, None if unknown. context: the tokens that
+    and takes. workspace: of the widest step, and of batches and samplers. free: what may be allocated, None if unknown. context: the tokens that
     loading would make room for; largest_context: that fit, at most what the model takes; None if `free` is.
     """
 
@@ -51,6 +52,7 @@ class Inspection:
     kinds: tuple[WeightKind, ...]
     parameters: int
     other_bytes: int
+    embedding_bytes: int
     table_bytes: int
     unread: tuple[tuple[str, int, str], ...]
     device: str
@@ -66,7 +68,7 @@ class Inspection:
 
 def inspect(path: str | Path, *, device: str = "auto", arch: str | None = None, gpu_memory: int | str | None = None,
             max_model_len: int | None = None, deterministic: bool = False, scale_layout: str = "auto",
-            kv_dtype: str = "auto") -> Inspection:
+            kv_dtype: str = "auto", lm_head: str | None = None, requantize: str | None = None) -> Inspection:
     """Plan what `load` would do with these arguments for a checkpoint directory. Raises Fp4rtError where it would."""
     checkpoint = Headers(path, scale_layout=scale_layout)
     config, sizes = read_config(checkpoint)
@@ -74,18 +76,27 @@ def inspect(path: str | Path, *, device: str = "auto", arch: str | None = None, 
     check_context(max_model_len, longest)
     room = max_model_len or min(longest, DEFAULT_CONTEXT)
     ops = planning_ops(device, arch, parse_size(gpu_memory), deterministic)
-    loader = Loader(ops, kv_dtype)
+    requantizer = None
+    if lm_head is not None or requantize is not None:
+        from fp4rt.quantize import make_requantizer, outline
+
+        requantizer = make_requantizer(lm_head, requantize, outline)
+    loader = Loader(ops, kv_dtype, *([requantizer] if requantizer else []))
     model = load_model(checkpoint, loader, room)
+    if requantizer:
+        requantizer.finish()
     plan = Plan(ops, model.memory)
-    workspace = reserve_workspace(ops, model, plan, room, ops.step_tokens)
+    workspace = reserve_workspace(ops, model, plan, room, ops.step_tokens) + set_aside(ops, plan, room, sizes.vocab_size)
 
     kinds: dict[tuple[str, str, str], list[int]] = {}
     for loaded in loader.linears:
-        for part in loaded.linear.parts:
-            label = f"FP8 per {part.granularity}" if isinstance(part, Fp8) else part.format
+        taken = sum(part.nbytes for part in loaded.linear.parts)
+        for part, label, file_bytes in zip(loaded.linear.parts, loaded.formats, loaded.part_bytes):
+            if label == "FP8" and isinstance(part, Fp8):
+                label = f"FP8 per {part.granularity}"
             entry = kinds.setdefault((label, loaded.linear.kernel, loaded.linear.reason), [0, 0, 0, 0])
-            share = part.nbytes / loaded.file_bytes if loaded.file_bytes else 0
-            for i, value in enumerate((1, part.shape[0] * part.shape[1], part.nbytes, loaded.linear.nbytes * share)):
+            share = part.nbytes / taken if taken else 0
+            for i, value in enumerate((1, part.shape[0] * part.shape[1], file_bytes, loaded.linear.nbytes * share)):
                 entry[i] += value
     found = tuple(WeightKind(format, *(round(value) for value in entry), kernel, reason)
                   for (format, kernel, reason), entry in kinds.items())
@@ -113,7 +124,7 @@ def inspect(path: str | Path, *, device: str = "auto", arch: str | None = None, 
         layers=tuple((count, kind) for kind, count in Counter(map(describe, model.memory)).items()),
         tensors=len(checkpoint.names()), files=len(checkpoint.files()), file_bytes=checkpoint.nbytes, kinds=found,
         parameters=sum(kind.parameters for kind in found) + embedding, other_bytes=other_bytes,
-        table_bytes=ops.table_bytes, unread=tuple(
+        embedding_bytes=loader.embedding_bytes, table_bytes=ops.table_bytes, unread=tuple(
             (name, count, reason) for (name, reason), count in Counter(
                 (name.rsplit(".", 1)[-1], reason) for name, reason in checkpoint.skipped.items()).items()),
         device=ops.device, read_per_token=loader.step_bytes(), kv_per_token=plan.page_bytes[0] // PAGE_TOKENS,

@@ -90,7 +90,7 @@ class Attention:
     def __call__(self, h: Any, norm: Any, batch: Any, pages: Any) -> Any:
         qkv = self.ops.linear(h, self.qkv_proj, norm=norm)
         a = self.ops.attention(qkv, batch, pages, self.shape, rope=self.rope, q_norm=self.q_norm, k_norm=self.k_norm,
-                               sinks=self.sinks)
+                               sinks=self.sinks, then=self.o_proj)
         return self.ops.linear(a, self.o_proj, residual=h)
 
 

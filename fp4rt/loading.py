@@ -16,12 +16,12 @@ KV_DTYPES = ("auto", "fp8")
 
 @dataclass(frozen=True)
 class Loaded:
-    """One linear as loaded: its parts' names and formats, bytes in the file, and the backend's handle."""
+    """One linear as loaded: its parts' names, formats and bytes in the file, and the backend's handle."""
 
     names: tuple[str, ...]
     formats: tuple[str, ...]  # "NVFP4 (of BF16)" where it was quantized on its way
     shape: tuple[int, int]  # rows of all parts, columns
-    file_bytes: int
+    part_bytes: tuple[int, ...]
     linear: Linear
     chosen: int = 0    # of experts, how many a token takes; 0: not experts
     experts: int = 0   # of how many
@@ -81,7 +81,7 @@ class Loader:
         linear = self.ops.linear_weight(taken, gated=gated)
         self.linears.append(Loaded(tuple(w.name for w in weights), _formats(weights, taken),
                                    (sum(w.shape[0] for w in weights), weights[0].shape[1]),
-                                   sum(w.nbytes for w in weights), linear))
+                                   tuple(w.nbytes for w in weights), linear))
         return linear
 
     def experts(self, scope: Scope, shape: ExpertShape, top_k: int) -> tuple[Linear, Linear]:
@@ -94,7 +94,7 @@ class Loader:
             self.linears.append(Loaded(tuple(p.name for p in parts),
                                        _formats(parts, [part for expert in taken for part in expert]),
                                        (sum(p.shape[0] for p in parts), parts[0].shape[1]),
-                                       sum(p.nbytes for p in parts), handle, top_k, shape.num_experts))
+                                       tuple(p.nbytes for p in parts), handle, top_k, shape.num_experts))
             handles.append(handle)
         return handles[0], handles[1]
 

@@ -120,10 +120,8 @@ def quantize_weight(weight: Dense, kind: str, pool: ThreadPoolExecutor) -> Nvfp4
 
     Raises Fp4rtError("checkpoint") for NaN or infinity, Fp4rtError("request") where NVFP4's blocks do not divide it.
     """
+    _check_columns(weight, kind)
     n, k = weight.shape
-    if kind == "nvfp4" and k % BLOCK:
-        raise Fp4rtError("request", f"{weight.name}: its {k} columns are not a multiple of NVFP4's block of {BLOCK}; "
-                                    "ask for fp8")
     # The more threads take turns at Python's lock, the larger their pieces.
     step = max(1, PIECE * max(1, _threads() // 4) // k)
     pieces = [slice(i, min(i + step, n)) for i in range(0, n, step)]
@@ -146,6 +144,26 @@ def quantize_weight(weight: Dense, kind: str, pool: ThreadPoolExecutor) -> Nvfp4
     return Nvfp4(weight.name, codes, scales, float(global_scale), weight.bias, weight.pre_quant_scale)
 
 
+def outline(weight: Dense, kind: str, pool: ThreadPoolExecutor) -> Nvfp4 | Fp8:
+    """What quantize_weight would give, with one for every code and scale; no value is read.
+
+    Raises Fp4rtError("request") where it would.
+    """
+    _check_columns(weight, kind)
+    (n, k), one = weight.shape, np.uint8(0x38)  # 1.0 in E4M3
+    if kind == "fp8":
+        scales = np.broadcast_to(np.float32(1), (n, 1))
+        return Fp8(weight.name, np.broadcast_to(one, (n, k)), scales, (1, k), weight.bias, weight.pre_quant_scale)
+    codes, scales = np.broadcast_to(one, (n, k // 2)), np.broadcast_to(one, (n, k // BLOCK))
+    return Nvfp4(weight.name, codes, scales, 1.0, weight.bias, weight.pre_quant_scale)
+
+
+def _check_columns(weight: Dense, kind: str) -> None:
+    if kind == "nvfp4" and weight.shape[1] % BLOCK:
+        raise Fp4rtError("request", f"{weight.name}: its {weight.shape[1]} columns are not a multiple of NVFP4's block "
+                                    f"of {BLOCK}; ask for fp8")
+
+
 KINDS = ("nvfp4", "fp8")
 
 
@@ -155,10 +173,12 @@ class Requantizer:
 
     lm_head, layers: "nvfp4", "fp8" or None, for the head and for all other linears but the routers of experts, whose
     choices are worth their few bytes. A tied token table stays as it is; the head becomes a weight of its own.
+    quantize: how; `outline` for a look at what it would come to.
     """
 
     lm_head: str | None = None
     layers: str | None = None
+    quantize: Callable[[Dense, str, ThreadPoolExecutor], Weight] = quantize_weight
     _done: dict[str, int] = field(default_factory=lambda: {"lm_head": 0, "layers": 0})
 
     def __post_init__(self) -> None:
@@ -173,7 +193,7 @@ class Requantizer:
         if kind is None or not isinstance(weight, Dense):
             return weight
         self._done[place] += 1
-        return quantize_weight(weight, kind, self._pool)
+        return self.quantize(weight, kind, self._pool)
 
     def finish(self) -> None:
         """Raises Fp4rtError("request") where an option met no weight that it could change."""
@@ -184,14 +204,15 @@ class Requantizer:
                 raise Fp4rtError("request", f"{option}: {what} quantized in this checkpoint already; leave it out")
 
 
-def make_requantizer(lm_head: str | None, requantize: str | None) -> Requantizer:
+def make_requantizer(lm_head: str | None, requantize: str | None,
+                     quantize: Callable[..., Weight] = quantize_weight) -> Requantizer:
     """From load's arguments; requantize: "bf16-layers=nvfp4" or "bf16-layers=fp8". Raises Fp4rtError("request")."""
     if requantize is None:
-        return Requantizer(lm_head)
+        return Requantizer(lm_head, quantize=quantize)
     what, separator, kind = requantize.partition("=") if isinstance(requantize, str) else ("", "", "")
     if what != "bf16-layers" or not separator or kind not in KINDS:
         raise Fp4rtError("request", f"requantize is {requantize!r}; it must be bf16-layers=nvfp4 or bf16-layers=fp8")
-    return Requantizer(lm_head, kind)
+    return Requantizer(lm_head, kind, quantize)
 
 
 # -- A checkpoint ---------------------------------------------------------------------------------------------------

@@ -8,12 +8,14 @@ import numpy as np
 
 from fp4rt.batch import PAGE_TOKENS, Batch
 from fp4rt.cache import Cache, Plan, pages_for
-from fp4rt.engine import LEASE, LOGITS_ROWS, Engine
+from fp4rt.engine import LEASE, LOGITS_ROWS, RECORDED, Engine, most_rows
 from fp4rt.errors import Fp4rtError
 from fp4rt.ops import Ops
 
 DEFAULT_CONTEXT = 8192         # tokens of room unless more is asked for: enough for most, small on every card
 UNKNOWN_MEMORY_KV = 2 << 30    # bytes of K/V that kv_tokens="all" takes where a backend does not know what is free
+DRIVERS_SHARE = 16, 512 << 20  # of free memory kv_tokens="all" leaves one part in 16, at most 512 MiB, to the driver:
+                               # for recorded steps, kernels that are loaded late, and whoever else uses the device
 
 
 def parse_size(size: int | str | None) -> int | None:
@@ -61,9 +63,17 @@ def reserve_workspace(ops: Ops, decoder: Any, plan: Plan, room: int, step_tokens
         tokens, sequences = min(step_tokens, room), plan.sequences
         step(tokens, 1, min(LOGITS_ROWS, tokens))                       # a prompt, and its logits
         step(sequences, sequences, sequences)                           # as many sequences as may run
+        sequences += 1  # a recorded step has one more at most
         step(max(min(step_tokens, sequences * room), 2 * sequences), sequences, sequences)  # prompts beside them
 
     return ops.reserve(widest)
+
+
+def set_aside(ops: Ops, plan: Plan, room: int, vocab_size: int, speculate: int = 0) -> int:
+    """Bytes that batches, recorded steps' included, and rows' settings take while requests come and go."""
+    pages = 2 * len(plan.windows) * plan.sequences * pages_for(room)  # tables are recorded for powers of two
+    return (RECORDED + 2) * ops.batch_bytes(plan.sequences, pages) + most_rows(
+        plan.sequences, speculate) * ops.sampler_bytes(vocab_size)
 
 
 def cache_pages(plan: Plan, tokens: int, step_tokens: int, everyone: bool = False) -> list[int]:
@@ -83,7 +93,10 @@ def make_engine(ops: Ops, decoder: Any, room: int, *, must: bool, kv_tokens: int
     """
     plan, step_tokens = Plan(ops, decoder.memory, max_num_seqs), max_num_batched_tokens or ops.step_tokens
     workspace = reserve_workspace(ops, decoder, plan, room, step_tokens)
+    aside = set_aside(ops, plan, room, decoder.config.vocab_size, speculate)
     free, fits = ops.free_memory(), room
+    if free is not None:
+        free -= aside
 
     def nbytes(tokens: int) -> int:
         return plan.nbytes(cache_pages(plan, tokens, step_tokens, kv_tokens is not None), plan.sequences)
@@ -95,7 +108,8 @@ def make_engine(ops: Ops, decoder: Any, room: int, *, must: bool, kv_tokens: int
                          "MB are free beside weights and workspace; ask for fewer with max_model_len")
     tokens = fits
     if kv_tokens == "all":
-        allowed = UNKNOWN_MEMORY_KV if free is None else free
+        parts, most = DRIVERS_SHARE
+        allowed = UNKNOWN_MEMORY_KV if free is None else max(nbytes(fits), free - min(free // parts, most))
         below, above = fits, fits * plan.sequences + 1  # the most that can be of use
         while above - below > PAGE_TOKENS:
             middle = (below + above) // 2
@@ -109,8 +123,9 @@ def make_engine(ops: Ops, decoder: Any, room: int, *, must: bool, kv_tokens: int
             raise Fp4rtError("memory", f"remembering {kv_tokens} tokens takes {nbytes(kv_tokens) / 1e6:.0f} MB and "
                              f"{free / 1e6:.0f} MB are free beside weights and workspace; lower kv_tokens")
         tokens = kv_tokens
+    ops.expect(nbytes(tokens) + aside)
     cache = Cache(plan, cache_pages(plan, tokens, step_tokens, kv_tokens is not None), plan.sequences, prefix_caching)
     if speculate and not cache.rewindable:
         raise Fp4rtError("request", "speculate: this model remembers a recurrent state, from which a token that was "
                          "guessed wrong cannot be taken back; leave it out", param="speculate")
-    return Engine(ops, decoder, cache, plan.sequences, step_tokens, speculate), fits, workspace
+    return Engine(ops, decoder, cache, plan.sequences, step_tokens, speculate), fits, workspace + aside

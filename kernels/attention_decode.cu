@@ -1,5 +1,6 @@
 // Attention of one new token per sequence over pages, split along the keys (Flash-Decoding, Dao et al. 2023).
 #include "attention.cuh"
+#include "order.cuh"
 
 #ifndef HEAD_TILES
 #define HEAD_TILES 1
@@ -214,10 +215,10 @@ struct Merged {
         values.z = fmaf(weight, x.z, values.z), values.w = fmaf(weight, x.w, values.w);
     }
     // As the output has them; `sink` is a score without a value.
-    __device__ __forceinline__ void store(__half* target, float largest, float sink, float factor) const {
+    __device__ __forceinline__ uint2 halves(float largest, float sink, float factor) const {
         const float inverse = factor / (total + power_of_two(sink - largest));
-        reinterpret_cast<__half2*>(target)[0] = __floats2half2_rn(values.x * inverse, values.y * inverse);
-        reinterpret_cast<__half2*>(target)[1] = __floats2half2_rn(values.z * inverse, values.w * inverse);
+        return make_uint2(as_bits(__floats2half2_rn(values.x * inverse, values.y * inverse)),
+                          as_bits(__floats2half2_rn(values.z * inverse, values.w * inverse)));
     }
 };
 
@@ -230,6 +231,8 @@ struct Merged {
 // finishes last adds them. Both add alike, so clusters change no result; `tickets` [S, gridDim.x] is zero before and
 // after. Keys are tiled as rows (S^T = K q^T), so up to eight query heads cost one pass of the tensor cores. Sequences
 // with several new tokens are attention_prefill's.
+//
+// ordered: 0, or twice the padded tokens of order.cuh, plus one if interleaved: how the output lies.
 //
 // What pages hold times a power of two and the layer's scale is the key or value: key_factor and value_factor turn what
 // came into what is stored, scale_log2 has the keys' way back, and out_factor the values'.
@@ -250,7 +253,7 @@ extern "C" __global__ void
                      const float* v_norm, float v_eps, const float2* rope, float value_scale, float scale_log2,
                      int window, const float* __restrict__ sinks, float key_factor, float value_factor,
                      float out_factor, int spread, int short_pages, int max_chunks, float* partial,
-                     float2* statistics, int* tickets, __half* __restrict__ out) {
+                     float2* statistics, int* tickets, int ordered, __half* __restrict__ out) {
     constexpr int PIECES = HEAD_DIM / 4;
     union Shared {
         float o[KEY_WARPS][DECODE_HEADS][HEAD_DIM];
@@ -267,7 +270,7 @@ extern "C" __global__ void
     __shared__ float2 shared_statistics[KEY_WARPS][DECODE_HEADS];  // (largest score, sum)
     __shared__ float4 shared_scores[SPLIT > 1 ? 2 : 1][DECODE_WARPS][32];  // of each part, for its other warp
     __shared__ float shared_sinks[DECODE_HEADS];
-    __shared__ int last;
+    __shared__ int last, shared_token;  // what follows the keys reads the token there: it would take a register
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int key_warp = warp / SPLIT, first_dimension = warp % SPLIT * PART_DIM;
     const int group = heads / kv_heads, row_tiles = gridDim.x / kv_heads;
@@ -291,10 +294,21 @@ extern "C" __global__ void
         wait_for_predecessor();
         return;
     }
-    __half* target = out + ((size_t)token * heads + kv_head * group + first_head) * HEAD_DIM;
+    auto put = [&](int token, int head, int dimension, uint2 four) {
+        // From the block's number, read anew: kept from above, this would take registers all along.
+        int block;
+        asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+        const int column = (block / row_tiles * group + block % row_tiles * DECODE_HEADS + head) * HEAD_DIM + dimension;
+        if (ordered) {
+            unsigned* const words = reinterpret_cast<unsigned*>(out);
+            words[ordered_word(column, token, ordered / 2, ordered % 2, token % 8)] = four.x;
+            words[ordered_word(column + 2, token, ordered / 2, ordered % 2, token % 8)] = four.y;
+        } else *reinterpret_cast<uint2*>(out + (size_t)token * heads * HEAD_DIM + column) = four;
+    };
     if (length <= 0) {  // a padded row without a context
         wait_for_predecessor();
-        for (int i = threadIdx.x; i < my_heads * HEAD_DIM; i += THREADS) target[i] = __float2half(0);
+        for (int i = threadIdx.x; i < my_heads * PIECES; i += THREADS)
+            put(token, i / PIECES, i % PIECES * 4, make_uint2(0, 0));
         return;
     }
     const int* table = pages + (size_t)sequence * table_width;
@@ -333,6 +347,7 @@ extern "C" __global__ void
             }
         }
     }
+    if (threadIdx.x == 0) shared_token = token;
     if (threadIdx.x < my_heads)
         shared_sinks[threadIdx.x] = sink_score(sinks, kv_head * group + first_head + threadIdx.x);
 
@@ -511,7 +526,7 @@ extern "C" __global__ void
             sum.add(power_of_two(share.x - m), share.y, *o);
         }
         if (chunks == 1) {
-            sum.store(target + head * HEAD_DIM + dimension, m, shared_sinks[head], out_factor);
+            put(shared_token, head, dimension, sum.halves(m, shared_sinks[head], out_factor));
 #if CLUSTER > 1
         } else if (exchange) {
             const int owner = i / slice, at = i % slice;
@@ -542,7 +557,7 @@ extern "C" __global__ void
                 const float2 share = inbox_statistics[c][head];
                 sum.add(power_of_two(share.x - m), share.y, inbox[c * slice + i - first_piece]);
             }
-            sum.store(target + head * HEAD_DIM + dimension, m, shared_sinks[head], out_factor);
+            put(shared_token, head, dimension, sum.halves(m, shared_sinks[head], out_factor));
         }
         return;
     }
@@ -580,7 +595,7 @@ extern "C" __global__ void
             const float2 weight = shared.weights[head][c];
             sum.add(weight.x, weight.y, __ldcg(reinterpret_cast<const float4*>(parts + (size_t)c * slots * HEAD_DIM)));
         }
-        sum.store(target + head * HEAD_DIM + dimension, shared_statistics[0][head].x, shared_sinks[head], out_factor);
+        put(shared_token, head, dimension, sum.halves(shared_statistics[0][head].x, shared_sinks[head], out_factor));
     }
     if (threadIdx.x == 0) *ticket = 0;
 }

@@ -1,4 +1,4 @@
-// What changes between two decode steps without the host, and whether numbers are finite.
+// What changes between two steps without the host, and whether numbers are finite.
 
 // One thread per sequence of a decode batch: its drawn id becomes its token, one position on. A sequence
 // whose current position lies on page 0 (a padded row) or at the end of its page table stays. A failed row's
@@ -17,6 +17,12 @@ extern "C" __global__ void advance(const int* __restrict__ ids, int* __restrict_
         return;
     positions[s] = position + 1;
     lengths[s] += 1;
+}
+
+// One thread per token of a batch: one below 0, -1 - r, becomes the id that row r drew last, 0 for a failed row.
+extern "C" __global__ void feed(const int* __restrict__ ids, int* __restrict__ tokens, int count) {
+    const int t = blockIdx.x * blockDim.x + threadIdx.x;
+    if (t < count && tokens[t] < 0) tokens[t] = max(ids[-1 - tokens[t]], 0);
 }
 
 // Sets *flag to 1 where any of rows * columns numbers is a NaN or an infinity.

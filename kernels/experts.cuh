@@ -1,81 +1,153 @@
 // Linears of which every token uses a few out of many: expert e's tiles, row scales and bias lie behind those of e - 1.
 // Included by linear.cuh.
 //
-// Few tokens: block (r, row_tile) computes 16 rows of output r, which is the sum over pairs r * slots .. + slots - 1 of
-// shares[pair] * (W[ids[pair]] x[pair / pairs_of_x] + bias[ids[pair]]): with slots = 1 and no shares, one expert's
-// output for one of its tokens; with all of a token's slots, their weighted sum. Warps take the tiles of all slots in
-// turn and their sums are added in warp order: a result depends on nothing but its own token. The same activations stand
-// in all columns of the mma. Warps have only a few tiles each, so many warps with few registers hide the way from memory
-// better than tiles fetched ahead.
+// Few tokens (up to 8), each with `slots` experts, which are distinct. Block (row_tile, slot, token) computes 16 rows of
+// the expert in that slot, for all tokens that chose it: they are columns of one mma, a column for each token, and only
+// the block of the first of them works. Its warps take the tiles in turn and their sums are added in warp order, so a
+// result depends on nothing but its own token. Many warps with few registers hide the way from memory better than tiles
+// fetched ahead, and what a block does besides its few tiles is kept short.
+//
+// Without `partial`, row token * slots + slot of the output is an expert's result. With it, row token is their sum times
+// `shares` in the order of the slots, by the block that is done last with them.
+struct Choices {
+    const int* ids;       // [tokens][slots]
+    int tokens, slots;
+    const float* shares;  // [tokens][slots], or null
+    float* partial;       // room for [tokens][row tiles][slots][16], or null
+    int* tickets;         // [tokens][row tiles], zero before and after
+};
 
-// 8 activations from column k of a row of K, zero past the end. `aligned`: K % 8 == 0.
-__device__ __forceinline__ uint4 activations(const __half* row, int k, int K, bool aligned) {
-    if (aligned) return k < K ? *reinterpret_cast<const uint4*>(row + k) : make_uint4(0, 0, 0, 0);
-    __half values[8];
+// The columns of a row of K that a lane multiplies tile kt by; past the row's end, where weights are zero, any of it.
+template <class Tile>
+__device__ __forceinline__ void activations(uint4 (&chunks)[Tile::K / 32], const __half* row, int kt, int K) {
+    const int t = threadIdx.x % 4;
+    if (K % 32 == 0) {
 #pragma unroll
-    for (int i = 0; i < 8; i++) values[i] = k + i < K ? row[k + i] : __float2half_rn(0.0f);
-    return *reinterpret_cast<const uint4*>(values);
+        for (int step = 0; step < Tile::K / 32; step++) {
+            const int c = Tile::position(4 * step + t);  // `position` is its own inverse
+            chunks[step] = reinterpret_cast<const uint4*>(row + min(kt * Tile::K + c / 4 * 32, K - 32))[c % 4];
+        }
+        return;
+    }
+#pragma unroll
+    for (int step = 0; step < Tile::K / 32; step++) {
+        const int k = kt * Tile::K + Tile::position(4 * step + t) * 8;
+        uint4 v = make_uint4(0, 0, 0, 0);
+#pragma unroll 1
+        for (int i = 7; i >= 0; i--)
+            v = make_uint4(v.x << 16 | (k + i < K ? __half_as_ushort(row[k + i]) : 0), __funnelshift_l(v.x, v.y, 16),
+                           __funnelshift_l(v.y, v.z, 16), __funnelshift_l(v.z, v.w, 16));
+        chunks[step] = v;
+    }
 }
 
+// Orders what was written before it before what is written after it, for all who see the latter.
+__device__ __forceinline__ void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
+// With `partial`, ids were ready before the predecessor began: a kernel between the one that wrote them and this one let
+// its dependents begin after its own wait. So weights are fetched before the predecessor is done.
 template <class Tile, int WARPS>
-__device__ __forceinline__ void chosen_experts(const unsigned char* weights, const __half* x, const int* ids,
-                                               const float* shares, int slots, int pairs_of_x, int K, int row_tiles,
-                                               const Epilogue& e) {
-    __shared__ float sums[WARPS][16];
-    constexpr int STEPS = Tile::K / 32;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int output = blockIdx.x, row_tile = blockIdx.y, first = output * slots;
-    const int k_tiles = (K + Tile::K - 1) / Tile::K;
-    const bool aligned = K % 8 == 0;
-    dependents_may_start();
-    wait_for_predecessor();
+__device__ __forceinline__ void chosen_experts(const unsigned char* weights, const __half* x, int x_slots, int K,
+                                               int row_tiles, const Choices& c, const Epilogue& e) {
+    __shared__ float sums[WARPS][8 * 16];  // of 16 rows of each token
+    __shared__ float4 scales[4], biases[4];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, row = lane % 16;
+    const int row_tile = blockIdx.x, k_tiles = (K + Tile::K - 1) / Tile::K;
+    if (!c.partial) wait_for_predecessor();
 
-    // What the outputs need is fetched now: its latency would stand at the end otherwise.
-    const bool gated = is_gated(e.activation);
-    const int row = lane % 16, column = gated ? row_tile * 8 + row % 8 : row_tile * 16 + row;
-    const bool writes = warp == 0 && lane < 16 && column < e.features && !(gated && row >= 8);
-    float bias = 0.0f, before = 0.0f;
-    if (e.bias && warp == 0) {
-        for (int s = first; s < first + slots; s++)
-            bias += (shares ? shares[s] : 1.0f) * e.bias[((size_t)ids[s] * row_tiles + row_tile) * 16 + row];
+    const int* const own_id = c.ids + blockIdx.z * c.slots + blockIdx.y;
+    const int expert = c.partial ? __ldcg(own_id) : *own_id;  // before the wait, L1 may hold what was there before
+    const size_t at = (size_t)expert * row_tiles + row_tile;
+    const unsigned char* tile = weights + (at * k_tiles + warp) * Tile::BYTES;
+    typename Tile::Raw raw;
+    if (warp < k_tiles) Tile::load(raw, tile, lane);
+    if (threadIdx.x < 4) {
+        copy_async(&scales[threadIdx.x], e.row_scale + at * 16 + threadIdx.x * 4, 16);
+        if (e.bias) copy_async(&biases[threadIdx.x], e.bias + at * 16 + threadIdx.x * 4, 16);
+        copy_commit();
     }
-    if (e.mode == ADD_FLOAT && writes)
-        before = reinterpret_cast<const float*>(e.out)[(size_t)output * e.stride + column];
+    dependents_may_start();
+    if (c.partial) wait_for_predecessor();
 
-    float low = 0.0f, high = 0.0f;
-    for (int task = warp; task < slots * k_tiles; task += WARPS) {
-        const int slot = task / k_tiles, kt = task - slot * k_tiles, pair = first + slot;
-        const size_t at = (size_t)ids[pair] * row_tiles + row_tile;
-        const __half* columns = x + (size_t)(pair / pairs_of_x) * K;
-        typename Tile::Raw raw;
-        uint4 chunks[STEPS];
-        Tile::load(raw, weights + (at * k_tiles + kt) * Tile::BYTES, lane);
+    int slot = g == blockIdx.z ? blockIdx.y : -1;  // of token g with this expert
+    if (c.tokens > 1) {
+        if (g < c.tokens) {
+#pragma unroll 2
+            for (int s = t; s < c.slots; s += 4)
+                if (c.ids[g * c.slots + s] == expert) slot = s;
+        }
+        slot = max(slot, __shfl_xor_sync(~0u, slot, 1));
+        slot = max(slot, __shfl_xor_sync(~0u, slot, 2));
+        if (__any_sync(~0u, slot >= 0 && g < blockIdx.z)) {
+            copy_wait<0>();
+            return;
+        }
+    }
+    const int token = slot < 0 ? blockIdx.z : g;  // columns that are not wanted repeat one that is
+    const __half* column = x + (size_t)(x_slots ? token * x_slots + (slot < 0 ? blockIdx.y : slot) : token) * K;
+    float acc[1][4] = {};
+#pragma unroll 1
+    for (int kt = warp; kt < k_tiles; kt += WARPS) {
+        uint4 chunks[Tile::K / 32];
+        activations<Tile>(chunks, column, kt, K);
 #pragma unroll
-        for (int step = 0; step < STEPS; step++)  // `position` is its own inverse
-            chunks[step] = activations(columns, kt * Tile::K + Tile::position(4 * step + t) * 8, K, aligned);
-        const float share = shares ? shares[pair] : 1.0f;
-        const float low_scale = e.row_scale[at * 16 + g] * share, high_scale = e.row_scale[at * 16 + g + 8] * share;
-        float acc[1][4] = {};
-#pragma unroll
-        for (int step = 0; step < STEPS; step++) {
+        for (int step = 0; step < Tile::K / 32; step++) {
             const uint4 b[1] = {chunks[step]};
             multiply<Tile>(acc, raw, step, b);
         }
-        low += acc[0][0] * low_scale;
-        high += acc[0][2] * high_scale;
+        tile += WARPS * Tile::BYTES;
+        if (kt + WARPS < k_tiles) Tile::load(raw, tile, lane);
     }
-
-    if (t == 0) sums[warp][g] = low, sums[warp][g + 8] = high;
-    __syncthreads();
-    if (warp != 0) return;
-    float value = 0.0f;
 #pragma unroll
-    for (int w = 0; w < WARPS; w++) value += sums[w][row];
-    value = value * e.in_factor + bias;
-    const float up = __shfl_down_sync(0xffffffffu, value, 8, 16);
-    if (gated) value = gated_product(value, up, e.activation);
-    else if (e.activation == RELU2) value = relu2(value);
-    if (writes) store(e, output, column, value, before);
+    for (int i = 0; i < 4; i++) sums[warp][(2 * t + i % 2) * 16 + g + i / 2 * 8] = acc[0][i];
+    copy_wait<0>();
+    __syncthreads();
+
+    const bool gated = is_gated(e.activation);
+    const int feature = gated ? row_tile * 8 + row % 8 : row_tile * 16 + row;
+#pragma unroll 1
+    for (int i = warp; i < (c.tokens + 1) / 2; i += WARPS) {  // two tokens: 16 lanes each
+        const int own = 2 * i + lane / 16, own_slot = __shfl_sync(~0u, slot, own * 4);
+        if (!__any_sync(~0u, own_slot >= 0)) continue;
+        float value = 0.0f;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) value += sums[w][own * 16 + row];
+        value = value * (&scales[0].x)[row] * e.in_factor + (e.bias ? (&biases[0].x)[row] : 0.0f);
+        const bool writes = own_slot >= 0 && feature < e.features && !(gated && row >= 8);
+        if (!c.partial) {
+            const float up = __shfl_down_sync(~0u, value, 8, 16);
+            if (gated) value = gated_product(value, up, e.activation);
+            else if (e.activation == RELU2) value = relu2(value);
+            if (writes) store(e, own * c.slots + own_slot, feature, value, 0.0f);
+            continue;
+        }
+        const int whole = own * row_tiles + row_tile;
+        float* const all = c.partial + (size_t)whole * c.slots * 16 + row;
+        if (own_slot >= 0) all[own_slot * 16] = value;
+        __syncwarp();
+        int is_last = 0;
+        if (row == 0 && own_slot >= 0) {
+            fence();
+            is_last = atomicAdd(&c.tickets[whole], 1) == c.slots - 1;
+            if (is_last) c.tickets[whole] = 0;
+            fence();
+        }
+        if (!__shfl_sync(~0u, is_last, lane & 16) || !writes) continue;
+        const float* const shares = c.shares + own * c.slots;
+        const float before = e.mode == ADD_FLOAT
+            ? reinterpret_cast<const float*>(e.out)[(size_t)own * e.stride + feature] : 0.0f;
+        float sum = 0.0f;
+#pragma unroll 1
+        for (int base = 0; base < c.slots; base += 4) {
+            float values[4];
+#pragma unroll
+            for (int s = 0; s < 4; s++) values[s] = base + s < c.slots ? __ldcg(all + (base + s) * 16) : 0.0f;
+#pragma unroll
+            for (int s = 0; s < 4; s++)
+                if (base + s < c.slots) sum = fmaf(shares[base + s], values[s], sum);
+        }
+        store(e, own, feature, sum, before);
+    }
 }
 
 // Many tokens: pairs lie grouped by expert, and blocks[i] says what block i of them computes: {expert, first pair, end}

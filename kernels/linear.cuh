@@ -126,17 +126,16 @@ __device__ __forceinline__ void multiply(float (&acc)[N][4], const typename Tile
 // The columns of a weight are divided into parts where a block's shared memory does not hold them for eight tokens:
 // column tile kt is of part kt % parts, its warp is kt / parts % WARPS, the warps' sums are added up part by part, and
 // then the parts' sums. Few enough tokens: a block takes all parts (WHOLE). Otherwise, as many blocks as parts share
-// each row tile. They take turns to write one; the others hand their sums over, each with a mark beside it, through
-// memory (SHARED), or, two blocks that are a cluster, through the writer's shared memory (PAIRED). They are on the chip
-// at the same time: all blocks of the grid find places there, and later kernels start none before these have.
+// each row tile (SHARED). They take turns to write one; the others hand their sums over through memory, each with a mark
+// beside it. They are on the chip at the same time: all blocks of the grid find places there, and later kernels start
+// none before these have.
 //
 // Dynamic shared memory: rings [WARPS][DEPTH][Tile::BYTES]; activations [column tiles of a block][tokens][Tile::K]
-// halves; sums [2][parts of a block][WARPS][tokens][SUM_STRIDE] floats; PAIRED: [tokens][16] of 8 bytes.
+// halves; sums [2][parts of a block][WARPS][tokens][SUM_STRIDE] floats.
 
 constexpr int SUM_STRIDE = 20;  // floats between columns of 16 rows: conflict-free for the accumulators' layout
-// How columns are divided: not at all; a block takes all parts; as many blocks as parts share a row tile and hand over
-// their sums through memory; the same with two that are a cluster.
-enum Division { UNDIVIDED = 0, WHOLE = 1, SHARED = 2, PAIRED = 3 };
+// How columns are divided: not at all; a block takes all parts; as many blocks as parts share a row tile.
+enum Division { UNDIVIDED = 0, WHOLE = 1, SHARED = 2 };
 
 // SHARED: handed_over is [row tiles][parts - 1][tokens][16], zero before and after.
 template <class Tile, int WARPS, int DEPTH, int DIVISION>
@@ -146,7 +145,7 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const v
     extern __shared__ uint4 shared[];
     constexpr int CHUNKS = Tile::K / 8, STEPS = Tile::K / 32, TILE = Tile::BYTES / 16;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int parts = DIVISION == UNDIVIDED ? 1 : DIVISION == PAIRED ? 2 : divided;
+    const int parts = DIVISION == UNDIVIDED ? 1 : divided;
     const int held = DIVISION == WHOLE ? parts : 1, sharing = DIVISION == WHOLE ? 1 : parts;
     const int part = blockIdx.x % sharing, block = blockIdx.x / sharing, blocks = gridDim.x / sharing;
     // Of a row tile, this warp has column tiles kt(i, p), i = 0, 1, ... of the block's p-th part, whose activations lie
@@ -163,7 +162,6 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const v
     constexpr unsigned all_x = WARPS * DEPTH * Tile::BYTES;
     uint4* const resident = reinterpret_cast<uint4*>(base + all_x);
     float* const sums = reinterpret_cast<float*>(resident + (k_tiles + sharing - 1) / sharing * x_tile);
-    auto* const inbox = reinterpret_cast<unsigned long long*>(sums + 2 * WARPS * tokens * SUM_STRIDE);  // PAIRED
 
     // What is fetched next: tile i of the p-th part, and where this lane's share of it lies, in 16 bytes.
     int fetch_row = block, fetch_i = 0, fetch_p = 0;
@@ -264,11 +262,6 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const v
     };
 
     dependents_may_start();
-    if constexpr (DIVISION == PAIRED) {
-        if (threadIdx.x < tokens * 16) inbox[threadIdx.x] = 0;
-        __syncwarp();
-        cluster_arrive();
-    }
 #pragma unroll 1
     for (unsigned slot = ring; slot != ring_end; slot += Tile::BYTES) fetch(slot);
     if (DIVISION == UNDIVIDED && norm.weight) load_norm_weight(lane / CHUNKS);
@@ -277,7 +270,6 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const v
     wait_for_predecessor();
     if (DIVISION == UNDIVIDED && norm.weight) load_normed();
     else load_x();
-    if constexpr (DIVISION == PAIRED) cluster_wait();
 
     // Lane t of token g finds the chunk of a step 4 chunks further each step, the swizzle apart.
     const int token = min(g, tokens - 1), swizzle = (token & 1) * 4;  // columns past the last token repeat it, unused
@@ -366,10 +358,9 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const v
             }
             barrier_wait(ADDED + which, adders * 32);
             barrier_arrive(READ + which, WARPS * 32);
-            if constexpr (DIVISION == SHARED || DIVISION == PAIRED) {
+            if constexpr (DIVISION == SHARED) {
                 volatile unsigned long long* const exchange =
-                    slot + (DIVISION == PAIRED ? in_block_of_cluster(inbox, writer)
-                                                   : handed_over + (size_t)row_tile * (parts - 1) * tokens * 16);
+                    handed_over + (size_t)row_tile * (parts - 1) * tokens * 16 + slot;
                 auto from = [&](int p) { return exchange + (p - writer - (p > writer ? 1 : 1 - parts)) * tokens * 16; };
                 const unsigned long long own_sum = 1ull << 32 | __float_as_uint(value);
                 if (valid && !writes) *from(part) = own_sum;
@@ -592,23 +583,20 @@ __device__ __forceinline__ void record_norm(float sum, unsigned* largest) {
         MANY_TOKENS(Tile, false)(weights, x, nullptr, blockIdx.x * MANY_TOKENS_PER_BLOCK, tokens, K, row_tiles, e);    \
     }
 #elif defined(EXPERTS)
-// Registers for two blocks of 16 warps on an SM, where the format needs no more.
-#define EXPERT_BLOCKS(Tile) (Tile::PLANES == 2 || Tile::BLOCK_SCALED ? 1 : 32 / EXPERT_WARPS)
+// Registers for 40 warps on an SM, or fewer where a format needs more.
+#define EXPERT_BLOCKS(Tile)                                                                                            \
+    ((Tile::PLANES == 2 || Tile::BLOCK_SCALED ? 16 : Tile::BYTES < 2048 ? 40 : 24) / EXPERT_WARPS)
 #define LINEAR_ENTRIES(Tile)                                                                                           \
     extern "C" __global__ void __launch_bounds__(EXPERT_WARPS * 32, EXPERT_BLOCKS(Tile))                               \
-        few_experts(const unsigned char* weights, const __half* x, const int* ids, const float* shares, int slots,     \
-                    int pairs_of_x, int K, int row_tiles, EPILOGUE_PARAMETERS) {                                       \
+        few_experts(const unsigned char* weights, const __half* x, int x_slots, int K, int row_tiles, const int* ids,  \
+                    int tokens, int slots, const float* shares, float* partial, int* tickets, EPILOGUE_PARAMETERS) {   \
+        const Choices choices = {ids, tokens, slots, shares, partial, tickets};                                        \
         const Epilogue e = EPILOGUE;                                                                                   \
-        chosen_experts<Tile, EXPERT_WARPS>(weights, x, ids, shares, slots, pairs_of_x, K, row_tiles, e);               \
+        chosen_experts<Tile, EXPERT_WARPS>(weights, x, x_slots, K, row_tiles, choices, e);                             \
     }
 #else
-#if FEW_DIVISION == 3
-#define FEW_BOUNDS __cluster_dims__(2) __launch_bounds__(FEW_WARPS * 32, FEW_BLOCKS)
-#else
-#define FEW_BOUNDS __launch_bounds__(FEW_WARPS * 32, FEW_BLOCKS)
-#endif
 #define LINEAR_ENTRIES(Tile)                                                                                           \
-    extern "C" __global__ void FEW_BOUNDS                                                                              \
+    extern "C" __global__ void __launch_bounds__(FEW_WARPS * 32, FEW_BLOCKS)                                           \
         few(const unsigned char* weights, const void* x, int tokens, int K, int row_tiles, int parts,                  \
             unsigned long long* handed_over, const float* norm, float norm_eps, float norm_factor,                     \
             EPILOGUE_PARAMETERS) {                                                                                     \

@@ -10,9 +10,7 @@
 // GROUPED: tokens are pairs grouped by expert, in `count` blocks of up to N {expert, first, end}, and x is ordered block
 // by block.
 //
-// A stage is free when the products that follow it are done: a warp executes those as one, with fragments made of what
-// all its lanes had read, so one lane says so for all. (racecheck knows only the lane's own reads; a __syncwarp there
-// would serialise the products.)
+// A stage is free when every thread that computes has said so, after the products of what it read are done.
 //
 // SPLIT blocks, a cluster, share a tile's columns; each has one tile at least. Their sums are added in order of rank,
 // through shared memory. BLOCKS: how many blocks share an SM.
@@ -52,7 +50,7 @@ __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, c
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
             mbarrier_init(full + s * 8, 128 + 1);
-            mbarrier_init(empty + s * 8, GROUPS * 4);
+            mbarrier_init(empty + s * 8, GROUPS * 128);
         }
         mbarrier_publish();
     }
@@ -60,6 +58,7 @@ __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, c
 
     if (warp >= GROUPS * 4) {
         fewer_registers<BLOCKS == 1 ? 40 : 32>();  // of 168 or 80 that each thread begins with
+        const unsigned long long policy = evict_first();
         auto bring_weights = [&](int tile, const int4& part, int kt, int stage) {
             const size_t expert = (size_t)part.x * row_tiles;
 #pragma unroll
@@ -69,7 +68,7 @@ __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, c
                 unsigned char* to = packed + stage * W_BYTES + i * Tile::BYTES + lane * 16;
 #pragma unroll
                 for (int c = 0; c < Tile::BYTES; c += 512)
-                    if (c + 512 <= Tile::BYTES || lane * 16 < Tile::BYTES - c) copy_async(to + c, from + c, 16);
+                    if (c + 512 <= Tile::BYTES || lane * 16 < Tile::BYTES - c) copy_async(to + c, from + c, policy);
             }
             mbarrier_arrive_copied(full + stage * 8);
         };
@@ -102,6 +101,8 @@ __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, c
     }
 
     more_registers<BLOCKS == 1 ? 232 : 104>();
+    if (!GROUPED && first < tiles && threadIdx.x * 32 < ROW_TILES * 16)
+        prefetch(e.row_scale + min(first / token_tiles * ROW_TILES * 16 + (int)threadIdx.x * 32, row_tiles * 16 - 1));
     wait_for_predecessor();
     const int group = warp / 4;
     int stage = 0, phase = 0;
@@ -147,7 +148,7 @@ __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, c
                     last = done;
                 } else {
                     wgmma_wait<1>();
-                    if (step == 0 && kt > k_first && lane == 0) mbarrier_arrive(empty + last * 8);
+                    if (step == 0 && kt > k_first) mbarrier_arrive(empty + last * 8);
                 }
             }
         }
@@ -169,23 +170,24 @@ __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, c
         const int packed_row = tile / token_tiles * ROW_TILES * 16 + group * ROWS + row;
         const int column = gated ? packed_row / 16 * 8 + packed_row % 8 : packed_row;
         const int4 part = tokens_of(tile);
-        const float* const row_scale = e.row_scale + (size_t)part.x * row_tiles * 16 + packed_row;
-        const float* const bias = e.bias + (size_t)part.x * row_tiles * 16 + packed_row;
+        const size_t expert_row = (size_t)part.x * row_tiles * 16 + packed_row;
+        float4 scale[2];  // of the two quads of rows
+        scale[0] = *reinterpret_cast<const float4*>(e.row_scale + expert_row);
+        if (gated) scale[1] = *reinterpret_cast<const float4*>(e.row_scale + expert_row + 8);
         const bool whole = column + 4 <= e.features && e.stride % 4 == 0 && reinterpret_cast<size_t>(e.out) % 16 == 0;
         auto finished = [&](const float* from, int half) {
             float4 v = *reinterpret_cast<const float4*>(from + half * 8);
             if (SPLIT > 1) {
-                float4 others[SPLIT];
+                v = cluster_load(shared_address(from + half * 8), 0);
 #pragma unroll
-                for (int r = 0; r < SPLIT; r++) others[r] = cluster_load(shared_address(from + half * 8), r);
-                v = others[0];
-#pragma unroll
-                for (int r = 1; r < SPLIT; r++)
-                    v.x += others[r].x, v.y += others[r].y, v.z += others[r].z, v.w += others[r].w;
+                for (int r = 1; r < SPLIT; r++) {
+                    const float4 other = cluster_load(shared_address(from + half * 8), r);
+                    v.x += other.x, v.y += other.y, v.z += other.z, v.w += other.w;
+                }
             }
-            const float4 s = *reinterpret_cast<const float4*>(row_scale + half * 8);
+            const float4 s = scale[half];
             float4 c = {};
-            if (e.bias) c = *reinterpret_cast<const float4*>(bias + half * 8);
+            if (e.bias) c = *reinterpret_cast<const float4*>(e.bias + expert_row + half * 8);
             return make_float4(v.x * (s.x * e.in_factor) + c.x, v.y * (s.y * e.in_factor) + c.y,
                                v.z * (s.z * e.in_factor) + c.z, v.w * (s.w * e.in_factor) + c.w);
         };
@@ -231,10 +233,10 @@ __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, c
                             acc[m][(chunk * (CHUNK / 8) + n) * 4 + i];
                 }
             }
-            if (chunk == 0 && thread % 32 == 0) mbarrier_arrive(empty + last * 8);
+            if (chunk == 0) mbarrier_arrive(empty + last * 8);
             if constexpr (SPLIT > 1) cluster_barrier();
             else barrier_wait(1 + group, 128);
-#pragma unroll(SPLIT > 1 ? 2 : 1)
+#pragma unroll 1
             for (int c = thread / quads * SPLIT + rank; c < CHUNK; c += 128 / quads * SPLIT) {
                 if (part.y + chunk * CHUNK + c >= part.z || column >= e.features) continue;
                 const float* from = own_sums + c * STRIDE + row;

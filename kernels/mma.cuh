@@ -75,22 +75,3 @@ __device__ __forceinline__ void wait_for_predecessor() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-
-// Thread block clusters (sm_90): all of a cluster's threads arrive before any stops waiting, and see what was written
-// before; where a block's shared memory lies in the cluster's block `rank`.
-__device__ __forceinline__ void cluster_arrive() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void cluster_wait() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-template <class T> __device__ __forceinline__ T* in_block_of_cluster(T* shared, int rank) {
-#if __CUDA_ARCH__ >= 900
-    asm("mapa.u64 %0, %0, %1;" : "+l"(shared) : "r"(rank));
-#endif
-    return shared;
-}

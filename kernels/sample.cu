@@ -312,12 +312,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
 }
 
-// grid rows, block any: what penalised rows have seen. events [starts[r], starts[r+1]) are ids, minus one
-// minus id for those of the prompt; counts of row r begin at r * vocabulary and are zero before.
-extern "C" __global__ void count_tokens(const int* __restrict__ events, const int* __restrict__ starts,
-                                        int* counts, int vocabulary) {
-    counts += (size_t)blockIdx.x * vocabulary;
-    for (int i = starts[blockIdx.x] + threadIdx.x; i < starts[blockIdx.x + 1]; i += blockDim.x) {
+// grid and block any: what a sequence has seen. events are ids, minus one minus id for those of the prompt; counts
+// [V] are zero before.
+extern "C" __global__ void count_tokens(const int* __restrict__ events, int count, int* counts) {
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += gridDim.x * blockDim.x) {
         const int event = events[i];
         if (event < 0) atomicOr(&counts[-1 - event], IN_PROMPT);
         else atomicAdd(&counts[event], 1);

@@ -384,7 +384,7 @@ def write(out: Path, config: dict, seed: int = 0) -> int:
             "quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8" if "kv_cache_scheme" in quantization else None,
             "group_size": 16, "exclude_modules": quantization["ignore"]}})
     write_json(out / "generation_config.json", {"bos_token_id": 256, "eos_token_id": 257})
-    write_tokenizer(out, config.get("text_config", config)["vocab_size"])
+    write_tokenizer(out, config.get("text_config", config)["vocab_size"], whole=True)
     return sum(map(spec_bytes, made.specs.values()))
 
 

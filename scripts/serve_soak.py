@@ -94,7 +94,7 @@ class Client:
                 choice = json.loads(body)["choices"][0]
             except ValueError:
                 return Reply("", "broken", seconds)
-            return Reply(choice.get("text") or choice["message"]["content"], "done", seconds)
+            return Reply(choice["text"] if "text" in choice else choice["message"]["content"], "done", seconds)
         text, ended = "", "broken"
         for event in re.findall(rb"data: (.*)\n\n", body.replace(b"\r\n", b"\n")):
             if event == b"[DONE]":

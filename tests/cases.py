@@ -160,6 +160,10 @@ ROUTE = [
     *[RouteCase(t, 160, Routing(512, 22, "sigmoid", scaling=5.0), "F32", correction=True) for t in (1, 19)],
     *[RouteCase(t, 64, Routing(64, 6, "sigmoid", scaling=2.5, groups=8, groups_kept=3), "F32", correction=True)
       for t in (2, 33)],
+    *[RouteCase(t, 2880, Routing(32, 4), norm=True, bias=True) for t in (1, 8)],
+    *[RouteCase(t, 2688, Routing(128, 6, "sigmoid", scaling=2.5), "F32", norm=True, correction=True) for t in (1, 6)],
+    *[RouteCase(t, 99, Routing(20, 3, groups=5, groups_kept=2), norm=True) for t in (2, 8)],          # odd K
+    *[RouteCase(t, 1024, Routing(512, 22, "sigmoid", scaling=5.0), "F32", norm=True, correction=True) for t in (1, 8)],
     RouteCase(5, 64, Routing(8, 2, normalize=False)),
     RouteCase(5, 64, Routing(6, 6, groups=6, groups_kept=6)),
     RouteCase(3, 64, Routing(33, 32, "sigmoid", normalize=False)),
@@ -223,6 +227,7 @@ EXPERTS = [
       for t in (3, 21)],
     *[ExpertsCase(t, 6, 2, 96, 80, "NVFP4", "BF16", pre_quant_scale=True) for t in (2, 30)],
     *[ExpertsCase(t, 6, 2, 99, 50, "BF16") for t in (2, 30)],                                        # odd K
+    *[ExpertsCase(t, 6, 4, 2304, 1600, "MXFP4", activation="swiglu_oai", bias=True) for t in (1, 8)],
     ExpertsCase(4, 1, 1, 512, 1040), ExpertsCase(100, 1, 1, 512, 1040), ExpertsCase(600, 4, 4, 2048, 768),
 ]
 

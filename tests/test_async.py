@@ -161,6 +161,23 @@ def test_prefix_cache_changes_no_token_and_keeps_salts_apart(device: str):
     asyncio.run(main())
 
 
+def test_what_breaks_ends_its_own_request_only():
+    class Broken:
+        def push(self, token: int, text: str) -> list:
+            raise ValueError("no such text")
+
+    async def main() -> None:
+        with fp4rt.AsyncLLM.load(CHECKPOINT, device="reference", max_model_len=64) as llm:
+            other, broken = llm.submit([1, 2], greedy(9)), llm.submit([1, 2], greedy(9), splitter=Broken())
+            with pytest.raises(fp4rt.Fp4rtError, match="ValueError: no such text") as caught:
+                await collect(broken)
+            assert caught.value.kind == "internal"  # nothing that its client did
+            assert (await collect(other))[2] == "length"
+            await idle(llm)
+
+    asyncio.run(main())
+
+
 def test_refusals(device: str):
     async def main() -> None:
         llm = fp4rt.AsyncLLM.load(CHECKPOINT, device=device, max_model_len=64, max_num_seqs=1, max_queue=2)

@@ -18,7 +18,9 @@ import fp4rt
 from fp4rt import driver
 from fp4rt.cli import doctor, main
 from fp4rt.cli.doctor import Finding
+from fp4rt.errors import Fp4rtError
 from fp4rt.llm import LLM
+from fp4rt.ops.select import make_ops
 
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "llama-modelopt-nvfp4"
 REFERENCE = json.loads((CHECKPOINT / "reference" / "reference.json").read_text())
@@ -426,6 +428,12 @@ def test_the_extra_to_install_is_that_of_the_cupy_that_is_there(monkeypatch, cud
     monkeypatch.setattr(driver, "driver_library", lambda: FakeDriver(cuda=cuda) if cuda else None)
     monkeypatch.setattr(driver, "_installed", lambda name: name in wheels)
     assert driver.cuda_extra() == f"'fp4rt[{extra}]'"
+
+
+def test_cuda_without_a_driver_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr("fp4rt.ops.select.driver_library", lambda: None)
+    with pytest.raises(Fp4rtError, match="no NVIDIA driver is installed here .* use device='cpu'"):
+        make_ops("cuda", None, None, False)
 
 
 def test_doctor_names_a_gpu_that_is_too_old(monkeypatch):

@@ -47,7 +47,7 @@ def test_compiles_without_spills_within_shared_memory(variant: tuple):
 def test_few_tokens_fit_shared_memory_and_are_summed_in_one_order(capability: int, layout: Layout):
     limit = SHARED_LIMIT[capability]
     for k in (64, 2880, 4096, 14336, 28672, 53248):
-        plans = [linear.few_plan(layout, limit, tokens, k, capability >= 90) for tokens in range(1, 9)]
+        plans = [linear.few_plan(layout, limit, tokens, k) for tokens in range(1, 9)]
         assert len({plan.parts for plan in plans}) == 1 and all(plan.shared <= limit for plan in plans)
         alone = [plan.division in (linear.UNDIVIDED, linear.WHOLE) for plan in plans]
         assert alone == sorted(alone, reverse=True)

@@ -117,14 +117,59 @@ def test_route(ops, case: RouteCase):  # noqa: F811
         np.testing.assert_array_equal(ids, expected_ids)
 
 
-def test_equal_scores_go_to_the_lowest_index(ops):  # noqa: F811
+@pytest.mark.parametrize("fused", [False, True])
+def test_equal_scores_go_to_the_lowest_index(ops, fused: bool):  # noqa: F811
     weight = make_weight(np.random.default_rng(0), "BF16", 64, 32)
     weight.data[1::2] = weight.data[::2]
     weight.data[40:48] = weight.data[3]
-    x = np.random.default_rng(1).standard_normal((9, 32)).astype(np.float16).astype(np.float32)
-    choice = ops.route(activation(ops, x), ops.linear_weight([weight]), Routing(64, 12))
+    x = np.random.default_rng(1).standard_normal((8 if fused else 9, 32)).astype(np.float16).astype(np.float32)
+    given = residual_stream(ops, x) if fused else activation(ops, x)
+    choice = ops.route(given, ops.linear_weight([weight]), Routing(64, 12),
+                       norm=ops.norm_weight(np.ones(32, np.float32), 1e-5) if fused else None)
     expected, _ = choose(np.round(x.astype(np.float64) @ weight.dequantize().T, 9), Routing(64, 12), None, None)
     np.testing.assert_array_equal(ops.fetch(choice.ids).result(), expected)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_logits_that_are_nan_choose_distinct_experts(ops, fused: bool, scoring: str):  # noqa: F811
+    """A weight that is NaN shows them, in their own row alone."""
+    weight = make_weight(np.random.default_rng(0), "BF16", 64, 32)
+    x = np.random.default_rng(1).standard_normal((3, 32)).astype(np.float32)
+    x[1, 7] = np.nan
+    given = residual_stream(ops, x) if fused else activation(ops, x)
+    choice = ops.route(given, ops.linear_weight([weight]), Routing(64, 8, scoring),
+                       norm=ops.norm_weight(np.ones(32, np.float32), 1e-5) if fused else None)
+    ids, weights = ops.fetch(choice.ids).result(), ops.fetch(choice.weights).result()
+    assert all(len(set(row)) == 8 and 0 <= min(row) and max(row) < 64 for row in ids.tolist())
+    assert np.isnan(weights[1]).all() and np.isfinite(weights[[0, 2]]).all()
+
+
+def routed(ops, case: RouteCase, rows: slice):  # noqa: F811
+    """(ids, weights, normed rows) that a router gives to these rows alone."""
+    weight, x, norm, correction, scale = case.build()
+    choice = ops.route(residual_stream(ops, x[rows]), ops.linear_weight([weight]), case.routing,
+                       norm=ops.norm_weight(*norm), correction=None if correction is None else ops.vector(correction),
+                       expert_scale=None if scale is None else ops.vector(scale))
+    ids, weights = (ops.fetch(array).result() for array in (choice.ids, choice.weights))
+    return ids, weights, values(ops, choice.normed.computed(ops.gpu))
+
+
+@pytest.mark.parametrize("case", [case for case in ROUTE if case.norm], ids=str)
+def test_a_route_does_not_depend_on_company(deterministic, ops, case: RouteCase):  # noqa: F811
+    """Up to eight tokens; any number if deterministic."""
+    backend = deterministic if case.tokens > 8 else ops
+    together = routed(backend, case, slice(None))
+    for start in range(case.tokens - 1, 0, -max(1, case.tokens // 7)):
+        for alone, all_rows in zip(routed(backend, case, slice(start, None)), together):
+            np.testing.assert_array_equal(alone, all_rows[start:])
+
+
+@pytest.mark.parametrize("case", [case for case in ROUTE if case.norm], ids=str)
+def test_a_route_hands_on_the_normed_rows(ops, case: RouteCase):  # noqa: F811
+    _, x, norm, _, _ = case.build()
+    y = normed(x, norm)
+    np.testing.assert_allclose(routed(ops, case, slice(None))[2], y, rtol=1.01 * HALF, atol=1e-6)
 
 
 def choice_of(ops, ids: np.ndarray, weights: np.ndarray):  # noqa: F811

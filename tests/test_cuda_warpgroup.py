@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cases import EXPERTS, ExpertsCase, LinearCase, make_weight
+from cases import EXPERTS, AttentionCase, LinearCase, make_weight
 from test_cuda_experts import check
 from test_cuda_ops import activation, expected, residual_stream, run, values
 
@@ -30,11 +30,11 @@ def ops():
     backend.close()
 
 
-@pytest.mark.parametrize("number", range(17))
+@pytest.mark.parametrize("number", range(20))
 def test_every_variant(ops, monkeypatch, number: int):
     from fp4rt.ops.cuda import warpgroup
 
-    assert len(warpgroup.VARIANTS) == 17
+    assert len(warpgroup.VARIANTS) == 20
     variant = warpgroup.VARIANTS[number]
     monkeypatch.setattr(warpgroup, "choose", lambda *_: variant)
     for case in CASES:
@@ -78,9 +78,33 @@ def test_only_a_warpgroup_linear_gets_its_own_order(ops):
         assert y.ordered is None and ops.linear(y, weight).shape == (tokens, 64)
 
 
-@pytest.mark.parametrize("case", [case for case in EXPERTS if case.tokens > 8], ids=str)
-def test_grouped_experts(ops, monkeypatch, case: ExpertsCase):
+# One chunk, a cluster's chunks, chunks that meet in global memory, and 2 heads of 64: a whole tile of columns.
+@pytest.mark.parametrize("kind", ["NVFP4", "BF16"])
+@pytest.mark.parametrize("case", [AttentionCase(tuple((91 * i % most, 1) for i in range(19)), 2 * group, 2, head_dim)
+                                  for most in (50, 1900) for group, head_dim in ((1, 64), (12, 128), (4, 512))], ids=str)
+def test_attention_in_the_order_of_its_linear(ops, case: AttentionCase, kind: str):
+    _, batch, num_pages = case.batches()
+    rng, width = np.random.default_rng(8), case.heads * case.head_dim
+    pages = ops.kv_pages(case.shape, num_pages)
+    for remembered in (pages.keys, pages.values):
+        ops.gpu.upload(rng.standard_normal(remembered.shape).astype(np.float16), remembered)
+    qkv = activation(ops, rng.standard_normal((19, case.shape.input_width)))
+    o_proj, h = ops.linear_weight([make_weight(rng, kind, 200, width)]), rng.standard_normal((19, 200))
+    rope = ops.rope_table(10000.0 ** -np.linspace(0, 1, case.head_dim // 2), 1.0, 2000)
+    plain, ordered = (ops.attention(qkv, ops.batch(batch), pages, case.shape, rope=rope, then=then)
+                      for then in (None, o_proj))
+    assert plain.ordered is None and ordered.data is None and ordered.shape == (19, width)
+    got, want = (values(ops, ops.linear(y, o_proj, residual=residual_stream(ops, h))) for y in (ordered, plain))
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_every_variant_for_grouped_experts(ops, monkeypatch, number: int):
     from fp4rt.ops.cuda import warpgroup
 
-    monkeypatch.setattr(warpgroup, "GROUPED", True)
-    check(ops, case)
+    whole = [variant for variant in warpgroup.VARIANTS if variant.split == 1]
+    assert len(whole) == 5
+    monkeypatch.setattr(warpgroup, "choose_grouped", lambda *_: (whole[number], whole[number]))
+    for case in EXPERTS:
+        if case.tokens > 8:
+            check(ops, case)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,7 @@ def test_bad_prompts(llm: fp4rt.LLM, prompt: list, message: str):
         llm.generate(prompt)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("scale", ["block", "global"])
 def test_logits_that_are_not_finite_name_the_layer(tmp_path: Path, scale: str):
     """A NaN weight ends in an error that names the layer it came from, not in text."""
@@ -124,3 +126,117 @@ def test_logits_that_are_not_finite_name_the_layer(tmp_path: Path, scale: str):
             broken.generate([1, 2, 3], greedy(3))
         with pytest.raises(fp4rt.Fp4rtError, match=r"model\.layers\.1"):
             broken.logits([1, 2, 3])
+        assert broken.engine.cache.empty
+
+    async def score() -> None:
+        with fp4rt.AsyncLLM.load(str(target), device="reference", max_model_len=64) as served:
+            async for _ in served.submit([1, 2, 3], greedy(3), prompt_logprobs=True):
+                pass
+
+    with pytest.raises(fp4rt.Fp4rtError, match=r"model\.layers\.1"):
+        asyncio.run(asyncio.wait_for(score(), 20))
+
+
+class Watched:
+    """What is on its way from a step; reading it is noted with how many steps had been launched since."""
+
+    def __init__(self, engine, pending, step: int):
+        self.engine, self.pending, self.step = engine, pending, step
+
+    def result(self) -> np.ndarray:
+        able = [s for s in self.engine.scheduler.running if s.finish_reason is None and s.remaining > 0]
+        self.engine.reads.append((self.engine.steps - self.step, len(able)))
+        return self.pending.result()
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch):
+    """An engine that runs three steps ahead; `reads`: of each read step, how many followed it, and who could go on."""
+    with fp4rt.load(CHECKPOINT, device="reference", max_model_len=256, kv_tokens=2048, max_num_seqs=6,
+                    max_num_batched_tokens=80) as llm:
+        engine, ops, model = llm.engine, llm.ops, llm.engine.model
+        engine.steps, engine.reads = 0, []
+
+        class Counted:
+            config = model.config
+
+            def __call__(self, batch, pages):
+                engine.steps += 1
+                return model(batch, pages)
+
+        fetch = type(ops).fetch
+        engine.model, ops.lookahead = Counted(), 3
+        ops.fetch = lambda array: Watched(engine, fetch(ops, array), engine.steps)
+        engine.prepare()
+        assert engine.steps == 0
+        yield llm
+
+
+def test_no_step_is_awaited_while_another_could_be_launched(watched: fp4rt.LLM):
+    """Sequences join and leave, draw in every way, and fill pages; the host always reads behind the device."""
+    ways = [dict(), dict(temperature=0.9, top_p=0.9, seed=3), dict(repetition_penalty=1.2), dict(frequency_penalty=0.3),
+            dict(logit_bias={5: 3.0})]
+    sequences = [watched.sequence(ids, fp4rt.Sampling(**{"temperature": 0, "max_tokens": 20 + 7 * i, "ignore_eos": True,
+                                                         **ways[i % len(ways)]})) for i, ids in enumerate(prompts(15))]
+    sequences[3].top_logprobs = 2
+    engine = watched.engine
+    waiting = list(sequences)
+    engine.submit(waiting.pop(0))
+    for count, _ in enumerate(engine.events()):
+        if waiting and count % 9 == 0:
+            engine.submit(waiting.pop(0))
+    assert not waiting and all(s.finish_reason == "length" for s in sequences)
+    assert any(recorded and sizes.tokens > sizes.sequences for sizes, recorded in engine._recorded.items())
+    assert engine.steps > 100 and all(since > 0 for since, able in engine.reads if able)
+    for sequence in sequences:
+        watched.ops.lookahead = 0
+        alone = watched.sequence(sequence.ids[:sequence.prompt_length], sequence.sampling)
+        for _ in engine.run([alone]):
+            pass
+        assert alone.ids == sequence.ids and len(sequence.logprobs) == (20 + 7 * 3 if sequence is sequences[3] else 0)
+
+
+class Odd:
+    """Allows odd ids only."""
+
+    finished = False
+
+    def mask(self, words: np.ndarray) -> None:
+        words[...] = 0xAAAAAAAA
+
+    def accept(self, token: int) -> None:
+        assert token % 2
+
+
+def test_a_grammar_does_not_hold_up_the_others(watched: fp4rt.LLM):
+    sequences = [watched.sequence(ids, greedy(40)) for ids in prompts(5, 8)]
+    sequences[2].grammar = Odd()
+    for _ in watched.engine.run(sequences):
+        pass
+    assert all(since > 0 for since, able in watched.engine.reads if able > 1)
+    assert all(token % 2 for token in sequences[2].generated) and len(sequences[2].generated) == 40
+    watched.ops.lookahead = 0
+    assert watched.generate(prompts(5, 8)[0], greedy(40))[0].ids == sequences[0].generated
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("speculate", [0, 4])
+def test_no_memory_is_taken_after_loading(speculate: int):
+    """However many there are, and however they draw: penalties, as many biases as may be, masks, log-probabilities."""
+    with fp4rt.load(CHECKPOINT, device="cuda", max_model_len=512, kv_tokens=4096, max_num_seqs=12,
+                    speculate=speculate) as llm:
+        budget = llm.ops.gpu.budget
+        taken = budget.used
+        biases = {i: 0.5 for i in range(1000)}
+        ways = [dict(repetition_penalty=1.2, logit_bias=biases), dict(frequency_penalty=0.3, temperature=0.8, seed=1),
+                dict(logit_bias=biases), dict()]
+        for count in (12, 5, 30):
+            sequences = [llm.sequence(ids, fp4rt.Sampling(**{"temperature": 0, "max_tokens": 60, "ignore_eos": True,
+                                                             **ways[i % 4]})) for i, ids in enumerate(prompts(count))]
+            for sequence in sequences[::3]:
+                sequence.top_logprobs = 20
+            sequences[1].grammar = Odd()
+            for _ in llm.engine.run(sequences):
+                pass
+            assert all(len(sequence.generated) == 60 for sequence in sequences)
+            assert budget.used == budget.peak == taken

@@ -38,6 +38,24 @@ def test_what_is_planned_is_what_is_loaded(path: Path, device: str):
         assert unread == {name for name, _, _ in plan.unread}
 
 
+@pytest.mark.parametrize("options", [dict(lm_head="nvfp4"), dict(requantize="bf16-layers=fp8"),
+                                     dict(lm_head="fp8", requantize="bf16-layers=nvfp4")], ids=str)
+@pytest.mark.parametrize("head", [None, "BF16"], ids=["tied", "untied"])
+@pytest.mark.parametrize("device", ["reference", "cpu"])
+def test_what_quantizing_at_load_comes_to(tmp_path: Path, device: str, head: str | None, options: dict):
+    path = make_checkpoint(tmp_path / "m", linear="BF16", head=head)
+    plain, plan = inspect(path, device=device), inspect(path, device=device, **options)
+    with fp4rt.load(path, device=device, **options) as llm:
+        assert abs(plan.weight_bytes - llm.weight_bytes) <= 0.01 * llm.weight_bytes + 5_000  # row scales beside
+        assert abs(plan.read_per_token - llm.step_bytes()) <= 0.01 * llm.step_bytes() + 5_000
+    assert plan.read_per_token < plain.read_per_token
+    assert (plan.embedding_bytes > 0) == (head is not None or "lm_head" in options)
+    assert sum(kind.bytes for kind in plan.kinds) == sum(kind.bytes for kind in plain.kinds)  # of the file, which stays
+    assert any(kind.format.endswith("(of BF16)") for kind in plan.kinds)
+    with pytest.raises(Fp4rtError, match="lm_head is 'int8'"):
+        inspect(path, device=device, lm_head="int8")
+
+
 @pytest.mark.parametrize("linear", KINDS)
 def test_nothing_is_read(tmp_path: Path, linear: str, monkeypatch: pytest.MonkeyPatch):
     path = make_checkpoint(tmp_path / "m", linear=linear, shard_bytes=40_000)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from backends import BACKENDS, each_backend
 
+from fp4rt.batch import Batch
 from fp4rt.errors import Fp4rtError
 from fp4rt.ops import SamplerRow
 from fp4rt.ops.select import make_ops
@@ -272,6 +273,45 @@ def test_a_mask_is_copied_and_refilled(ops):
     assert ops.fetch(ops.sample(held, sampler)).result().tolist() == [0, 33]
     sampler = ops.sampler([row(temperature=0.0, logit_bias=((5, 1.0),)), row(temperature=0.0)], 70, into=sampler)
     assert ops.fetch(ops.sample(held, sampler)).result().tolist() == [5, 0]
+
+
+@each_backend
+def test_a_history_goes_on_where_rows_change_places(ops):
+    """What is drawn counts for a sequence wherever its row lies, though the host never tells."""
+    penalties = dict(temperature=0.0, repetition_penalty=1.5, presence_penalty=0.3, frequency_penalty=0.4)
+    seen = [([1, 2], []), ([], [3, 3]), ([5], [6])]
+    logits = np.random.default_rng(4).normal(0, 2, (3, 9)).astype(np.float32)
+    histories = [ops.history(prompt, generated, 9) for prompt, generated in seen]
+    generated, sampler = [list(ids) for _, ids in seen], ops.sampler([row()] * 4, 9)
+    for order in ([0, 1, 2], [2, 0, 1], [1, 2], [0, 1]):
+        sampler = ops.sampler([row(**penalties, history=histories[i]) for i in order], 9, into=sampler)
+        held = handle(ops, logits[order])
+        for _ in range(2):
+            ids = ops.fetch(ops.sample(held, sampler)).result().tolist()
+            assert ids == [draw(logits[i], row(**penalties, prompt=seen[i][0], generated=generated[i])) for i in order]
+            for i, token in zip(order, ids):
+                generated[i].append(token)
+    assert len(set(map(tuple, generated))) == 3
+
+
+@each_backend
+def test_rows_beyond_those_that_were_put_are_greedy(ops):
+    logits = np.random.default_rng(4).normal(0, 2, (3, 70)).astype(np.float32)
+    sampler = ops.sampler([row(repetition_penalty=3.0, prompt=range(70))] * 4, 70)
+    sampler = ops.sampler([row(mask=mask_of([69], 70))], 70, into=sampler)
+    assert ops.fetch(ops.sample(handle(ops, logits), sampler)).result().tolist() == [69, *logits[1:].argmax(1)]
+
+
+@each_backend
+def test_a_batch_is_fed_what_was_drawn(ops):
+    logits = np.zeros((3, 70), np.float32)
+    logits[[0, 2], [7, 9]], logits[1] = 1, np.nan  # draws 7, nothing, 9
+    ids = ops.sample(handle(ops, logits), ops.sampler([row(temperature=0.0)] * 3, 70))
+    places = np.arange(5, dtype=np.int32)
+    batch = ops.batch(Batch(np.array([-3, 8, -1, -2, -3], np.int32), places, np.arange(6, dtype=np.int32), places + 1,
+                            np.ones((1, 5, 1), np.int32), places, places))
+    ops.feed(batch, ids)
+    assert ops.fetch(batch.tokens).result().tolist() == [9, 8, 7, 0, 9]
 
 
 @each_backend

@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -335,6 +336,23 @@ def test_other_mistakes(server: Running):
 
 def test_a_body_that_is_too_large(server: Running):
     server.refused(TEXT, 413, b"", headers={"content-type": "application/json", "content-length": str(1 << 30)})
+
+
+def test_bodies_that_are_too_large_together(server: Running, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("fp4rt.serve.service.BODIES_BYTES", 1000)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as slow:
+        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                     b"Content-Length: 2000\r\n\r\n" + b" " * 900)
+        for _ in range(100):
+            status, _, data = server.ask("POST", TEXT, {"prompt": "x" * 150, "max_tokens": 1})
+            if status != 200:  # the slow body's beginning has come
+                break
+        assert status == 429 and b"overloaded" in data
+    for _ in range(100):
+        if server.ask("POST", TEXT, {"prompt": "x" * 150, "max_tokens": 1})[0] == 200:
+            return
+        time.sleep(0.05)
+    pytest.fail("what the slow client had sent still counts")
 
 
 def test_bad_http_gets_an_answer_in_json(server: Running):

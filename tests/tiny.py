@@ -112,10 +112,15 @@ def write_tensors(path: Path, tensors: Arrays, **options: int) -> None:
             writer.write(name, data)
 
 
-def write_tokenizer(path: Path, vocab_size: int = 320) -> None:
-    """One token for each byte, then the special ones (needs 256 + 4 ids); a chat template."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(alphabet)}, []))
+def write_tokenizer(path: Path, vocab_size: int = 320, whole: bool = False) -> None:
+    """One token for each byte, then the special ones (needs 256 + 4 ids); a chat template.
+
+    whole: every id is a token, those behind with their own number as text, though no text is encoded to them.
+    """
+    pieces = {piece: i for i, piece in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), *SPECIALS])}
+    if whole:  # \u0120 is how byte-level BPE writes a space
+        pieces |= {f"\u0120{i}": i for i in range(len(pieces), vocab_size)}
+    tokenizer = Tokenizer(models.BPE(pieces, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIALS))

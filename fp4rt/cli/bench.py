@@ -41,7 +41,7 @@ def command(model: str, prompt_tokens: int, max_tokens: int, batch: int, repeat:
     for each other, which is what their sum differs by; the host's part is what decode takes beyond the repeated step.
     """
     from fp4rt.bandwidth import read_bandwidth
-    from fp4rt.breakdown import breakdown
+    from fp4rt.breakdown import STEPS, breakdown
     from fp4rt.cache import MAX_SEQUENCES
     from fp4rt.source import resolve
 
@@ -54,7 +54,9 @@ def command(model: str, prompt_tokens: int, max_tokens: int, batch: int, repeat:
                              f"the context holds {llm.max_model_len}")
         parts = None
         if max_tokens > FEWEST_STEPS:  # first, because it takes the step that the engine is about to record
-            parts = breakdown(llm, prompts(llm, prompt_tokens, batch, repeat + 1), min(max_tokens - 1, 128), repeat)
+            skipped = max(0, max_tokens // 2 - STEPS)  # attention is timed at the contexts that decode has on average
+            parts = breakdown(llm, prompts(llm, prompt_tokens + skipped, batch, repeat + 1),
+                              min(max_tokens - skipped - 1, 128), repeat)
         figures = measure(llm, prompt_tokens, max_tokens, batch, repeat, show=sys.stderr.isatty() and not quiet)
         experts = parts.experts_read if parts else None
         step = llm.step_bytes(batch, experts) + batch * llm.engine.cache.plan.read_bytes(prompt_tokens + max_tokens / 2)

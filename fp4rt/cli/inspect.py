@@ -8,13 +8,13 @@ from typing import Any
 
 import click
 
-from fp4rt.cli._common import LOAD_OPTIONS, options
+from fp4rt.cli._common import LOAD_OPTIONS, QUALITY_OPTIONS, options
 
 
 @click.command()
 @click.argument("model")
 @click.option("--json", "as_json", is_flag=True, help="Everything as JSON, in bytes and tokens.")
-@options(LOAD_OPTIONS)
+@options(LOAD_OPTIONS, QUALITY_OPTIONS)
 def command(model: str, as_json: bool, revision: str | None, **given: Any) -> None:
     """Show architecture, kinds of weights and their kernels, bytes read per token, and the memory plan.
 
@@ -39,7 +39,7 @@ def command(model: str, as_json: bool, revision: str | None, **given: Any) -> No
     for kind in found.kinds:
         click.echo(f"{kind.linears:7}  {kind.format:15}  {size(kind.bytes):>9}  {size(kind.memory_bytes):>9}  "
                    f"{kind.kernel}: {kind.reason}")
-    click.echo(f"{'':7}  {'norms' if a['tie_word_embeddings'] else 'embedding, norms':16} {size(found.other_bytes):>9}")
+    click.echo(f"{'':7}  {'embedding, norms' if found.embedding_bytes else 'norms':16} {size(found.other_bytes):>9}")
     for name, count, reason in found.unread:
         click.echo(f"not read: {count} {name} ({reason})")
     click.echo()

@@ -1,94 +1,152 @@
-"""The loop: plan a step, run the model, draw tokens; decode runs on the device alone while the host reads behind."""
+"""The loop: plan a step, launch it, and read what the steps before it drew while the device goes on."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
-from typing import Any
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fp4rt.batch import PAGE_TOKENS, Batch
 from fp4rt.cache import Cache
-from fp4rt.engine.scheduler import LOGITS_ROWS, Scheduler, Step
+from fp4rt.engine.scheduler import LOGITS_ROWS, Scheduler, Step, most_rows
 from fp4rt.engine.sequence import Sequence, TokenLogprobs
 from fp4rt.errors import Fp4rtError
 from fp4rt.layers import Decoder
-from fp4rt.ops import Ops, SamplerRow
+from fp4rt.ops import GREEDY, Ops, Pending, SamplerRow
+from fp4rt.sampling import MAX_LOGPROBS, Sampling
 
-LEASE = 256       # decode steps that run on pages and settings put on the device once
-UNGUESSED = 4     # of them where nothing could be guessed, before the host looks again: it costs the device a wait
+LEASE = 256          # decode steps that run on pages and settings put on the device once
+UNGUESSED = 4        # of them where nothing could be guessed, before the host looks again: it costs the device a wait
+LARGE = 256          # tokens of a step that takes so long that beginning the next one before it ends would gain nothing
+SMALL = 512          # tokens of a step that the host takes longer to launch than the device to compute: it is recorded
+ROUND = 64           # so many tokens more than the next smaller one, unless it only decodes
+RECORDED = 48        # recorded steps that are kept
+SHORTEST_TABLE = 16  # pages of a sequence that a step is recorded for at least
 
 Event = tuple[Sequence, int]
 
 
-def make_batch(step: list[tuple[Sequence, int]], rows: list[int], size: int | None = None,
-               table_width: int | None = None) -> Batch:
-    """The Batch of a planned step; padded to `size` one-token sequences on page 0 and to the page tables' width."""
-    size = size or len(step)
+def make_batch(step: Step, rows: list[int] | None = None, size: int | None = None, table_width: int | None = None,
+               tokens: int | None = None, drawn: Mapping[int, int] | None = None) -> Batch:
+    """The Batch of a planned step, padded to so many sequences on page 0, pages in a table, and tokens in all.
+
+    rows: whose logits are wanted; None for the last token of each sequence. drawn: by a sequence's id(), the row of the
+    step before in which it drew the token that the host does not know yet.
+    """
+    ids, positions, lengths, starts = [], [], [], [0]
     width = table_width or max(len(pages) for sequence, _ in step for pages in sequence.held.pages)
-    pages = np.zeros((len(step[0][0].held.pages), size, width), np.int32)
-    tokens, positions, lengths = [], [], []
-    starts = [0]
+    pages = np.zeros((len(step[0][0].held.pages), size or len(step), width), np.int32)
     for s, (sequence, count) in enumerate(step):
         first = sequence.remembered
-        tokens += (sequence.ids[first:] + sequence.drafts)[:count]
+        ids += ([-1 - drawn[id(sequence)]] if sequence.ahead
+                else (sequence.ids[first:first + count] + sequence.drafts)[:count])
         positions += range(first, first + count)
         lengths.append(first + count)
         starts.append(starts[-1] + count)
         for group, held in enumerate(sequence.held.pages):
             pages[group, s, :len(held)] = held
-    padded = size - len(step)
-    starts += range(starts[-1] + 1, starts[-1] + padded + 1)
-    return Batch(*(np.array(values, np.int32) for values in (
-        tokens + [0] * padded, positions + [0] * padded, starts, lengths + [1] * padded)), pages,
-        np.array([sequence.held.slot for sequence, _ in step] + [0] * padded, np.int32),
-        np.array(rows + list(range(len(tokens), len(tokens) + padded)), np.int32))
+    padded = (size or len(step)) - len(step)
+    for left in reversed(range(padded)):
+        count = 1 if left or tokens is None else tokens - starts[-1]  # the last one takes all that are left
+        ids += [0] * count
+        positions += range(count)
+        lengths.append(count)
+        starts.append(starts[-1] + count)
+    slots = [sequence.held.slot for sequence, _ in step] + [0] * padded
+    rows = [end - 1 for end in starts[1:]] if rows is None else rows
+    ids, positions, starts, lengths, slots, rows = (np.array(values, np.int32) for values in (
+        ids, positions, starts, lengths, slots, rows))
+    return Batch(ids, positions, starts, lengths, pages, slots, rows)
 
 
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-class Decode:
-    """A recorded decode step for up to `size` sequences of up to `width` pages: it feeds itself its own tokens."""
+class Sizes(NamedTuple):
+    """What a recorded step has room for: sequences, pages of each, tokens in all; told: with log-probabilities."""
 
-    def __init__(self, engine: Engine, sequences: list[Sequence], settings: list[SamplerRow], size: int, width: int):
-        ops, self.size, self.width = engine.ops, size, width
-        self.engine = engine
-        self.batch = self.sampler = None
-        self.refill(sequences, settings)
+    sequences: int
+    pages: int
+    tokens: int
+    told: bool
 
-        def step() -> Any:
-            ids = ops.sample(engine.model(self.batch, engine.cache.layers), self.sampler)
-            ops.advance(self.batch, ids)
-            return ids
 
-        self.replay = ops.record(step)
+class Recorded:
+    """A recorded step that draws after each sequence's last token; one that decodes feeds itself its own tokens.
 
-    def refill(self, sequences: list[Sequence], settings: list[SamplerRow]) -> None:
-        ops, padding = self.engine.ops, self.size - len(sequences)
-        batch = make_batch([(s, 1) for s in sequences], list(range(len(sequences))), self.size, self.width)
-        self.batch = ops.batch(batch, into=self.batch)
-        vocab_size = self.engine.model.config.vocab_size
-        self.sampler = ops.sampler(settings + settings[:1] * padding, vocab_size, into=self.sampler)
+    `replay` launches it once more: the drawn ids and, if `told`, their log-probabilities as Ops.logprobs gives them.
+    """
+
+    def __init__(self, engine: Engine, sizes: Sizes, step: Step, drawing: list[Sequence | None]):
+        self._engine, self._sizes, self._batch = engine, sizes, None
+        self.refill(step, drawing)
+        ops = engine.ops
+
+        def run() -> tuple[Any, Any]:
+            logits = engine.model(self._batch, engine.cache.layers)
+            ids = ops.sample(logits, engine.sampler)
+            if sizes.tokens == sizes.sequences:
+                ops.advance(self._batch, ids)
+            return ids, ops.logprobs(logits, ids, engine.most_logprobs) if sizes.told else None
+
+        self.replay = ops.record(run)
+
+    def refill(self, step: Step, drawing: list[Sequence | None]) -> None:
+        self._batch = self._engine.put(step, drawing, None, self._sizes[:3], self._batch)
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A step that has been launched and not been read.
+
+    sequences: those that draw: one token, and one more after each of their drafts, in the order of the rows; None for
+    a row that means nothing. ids: the drawn ones, on the device until the next step draws. drawn, told: they and their
+    log-probabilities on their way.
+    """
+
+    sequences: list[Sequence | None]
+    ids: Any
+    drawn: Pending
+    told: Pending | None
 
 
 class Engine:
-    """Runs sequences through a model. One thread drives it; any may submit sequences, and end them, at any moment."""
+    """Runs sequences through a model. One thread drives it; any may submit sequences, and end them, at any moment.
+
+    Steps are launched ahead of what the host has read: the next one takes its tokens from where the last one drew them.
+    Only a sequence under a grammar, or a guess at what comes next, waits for what the host has to know before.
+    """
 
     def __init__(self, ops: Ops, model: Decoder, cache: Cache, max_sequences: int, step_tokens: int | None = None,
                  speculate: int = 0):
         self.ops, self.model, self.cache = ops, model, cache
         self.scheduler = Scheduler(cache, max_sequences, step_tokens or ops.step_tokens, speculate)
+        self.sampler = ops.sampler([GREEDY] * most_rows(max_sequences, speculate), model.config.vocab_size)
+        self.small = SMALL
+        self.most_logprobs = min(MAX_LOGPROBS, model.config.vocab_size)
         self._arrivals: deque[Sequence] = deque()
         self._scores: deque[Iterator[None]] = deque()  # begun or to be begun, a chunk of the first between two steps
-        self._decodes: dict[tuple[int, int, bool], Decode] = {}
+        self._flights: deque[Flight] = deque()
+        self._recorded: OrderedDict[Sizes, Recorded | None] = OrderedDict()  # None: met once, and run as it was
 
     @property
     def busy(self) -> bool:
         return bool(self._arrivals or self._scores or self.scheduler.busy)
+
+    def prepare(self) -> None:
+        """Record the steps in which any number of short sequences decode, so that nobody has to wait for it later."""
+        if not self.ops.lookahead:
+            return
+        nobody = Sequence([0], Sampling().resolve({}), 0, frozenset(), 2)
+        nobody.held.pages = [[0] for _ in self.cache.plan.windows]
+        for power in range(self.scheduler.max_sequences.bit_length() + 1):
+            size = min(1 << power, self.scheduler.max_sequences)
+            self._record(Sizes(size, SHORTEST_TABLE, size, False), [(nobody, 1)], [None])
 
     def submit(self, sequence: Sequence) -> None:
         """Let a sequence take part from the next step on (any thread). Setting its finish_reason ends it."""
@@ -107,125 +165,213 @@ class Engine:
             self.forget(sequences)
 
     def forget(self, sequences: Iterable[Sequence]) -> None:
-        """Take sequences out wherever they are, when no step is under way any more, and free their pages."""
+        """Take sequences out wherever they are, with the steps that are under way, and free their pages."""
         self.ops.synchronize()
+        self._flights.clear()
         for sequence in sequences:
+            sequence.ahead = 0
             if sequence in self._arrivals:
                 self._arrivals.remove(sequence)
             self.scheduler.remove(sequence)
 
-    def events(self) -> Iterator[Event]:
-        """(sequence, token) as tokens are drawn, until no sequence is left; -1 for one that failed, and says why."""
-        behind: deque = deque()  # steps that no token came of: the host runs one ahead of the device, not all
+    def events(self, others: bool = False) -> Iterator[Event]:
+        """(sequence, token) as tokens are drawn, until no sequence is left; -1 for one that failed, and says why.
+
+        others: more sequences may be submitted meanwhile; they wait for one large step at most.
+        """
         while True:
             while self._arrivals:
-                self.scheduler.add(self._arrivals.popleft())
+                sequence = self._arrivals.popleft()
+                if sequence.error is not None:  # its prompt could not be scored
+                    yield sequence, -1
+                else:
+                    self.scheduler.add(sequence)
             if self._scores and next(self._scores[0], self) is self:
                 self._scores.popleft()
             step = self.scheduler.plan()
-            if not step:
-                if not self.busy:
-                    return
-            elif all(s.decoding and s.top_logprobs is None and not s.drafts for s, _ in step):
-                yield from self._decode([sequence for sequence, _ in step])
-            else:
-                yield from self._mixed(step, behind)
-            for sequence, _ in step:
-                if sequence.error is None:
-                    self.cache.publish(sequence.held, sequence.ids, sequence.remembered, sequence.cache_salt)
+            if step:
+                if all(s.decoding and not s.drafts for s, _ in step):
+                    yield from self._decode([sequence for sequence, _ in step])
+                else:
+                    yield from self._mixed(step, others)
+                for sequence, _ in step:
+                    if sequence.error is None:
+                        self.scheduler.publish(sequence)
+            elif self._flights:
+                yield from self._read(len(self._flights) - 1)
+            elif not self.busy:
+                return
 
-    def _mixed(self, step: Step, behind: deque) -> Iterator[Event]:
-        """One step with a piece of a prompt in it, or in which the host has a part.
+    def _mixed(self, step: Step, others: bool) -> Iterator[Event]:
+        """One step with a piece of a prompt in it, or with drafts.
 
         After a sequence's drafts a token is drawn, too, and after each of them: as long as what is drawn is what was
         drafted, the next one was drawn where it should be. What was remembered of the others is written again.
         """
-        drawing: list[tuple[Sequence, int]] = []  # each drawn token's sequence, and the drafts before it
-        rows: list[int] = []
-        for (sequence, count), end in zip(step, np.cumsum([count for _, count in step]).tolist()):
-            drafts = len(sequence.drafts)
-            if sequence.remembered + count == len(sequence.ids) + drafts:
-                drawing += [(sequence, before) for before in range(drafts + 1)]
-                rows += range(end - drafts - 1, end)
-        batch = self.ops.batch(make_batch(step, rows))
-        logits = self.model(batch, self.cache.layers)
+        sequences = [sequence if sequence.remembered + count == sequence.length + len(sequence.drafts) else None
+                     for sequence, count in step]
+        drawing = [sequence for sequence in sequences if sequence is not None]
+        recorded = self._find(step, sequences)
+        if recorded is None:
+            ends = np.cumsum([count for _, count in step]).tolist()
+            rows = [row for sequence, end in zip(sequences, ends) if sequence is not None
+                    for row in range(end - len(sequence.drafts) - 1, end)]
+            logits = self.model(self.put(step, drawing, rows), self.cache.layers)
+            ids, told = logits, None
+            if drawing:
+                ids = self.ops.sample(logits, self.sampler)
+                most = [sequence.top_logprobs for sequence in drawing if sequence.top_logprobs is not None]
+                told = self.ops.logprobs(logits, ids, max(most)) if most else None
+            del logits
+        else:
+            drawing = sequences
+            ids, told = recorded.replay()
         for sequence, count in step:
             sequence.remembered += count
-        if not drawing:
-            behind.append(self.ops.fetch(logits))
-            if len(behind) > 1:
-                behind.popleft().result()
-            return
-        behind.clear()
-        sampler = self.ops.sampler([self._sampler_row(*one) for one in drawing], self.model.config.vocab_size)
-        ids = self.ops.sample(logits, sampler)
-        tops = [sequence.top_logprobs for sequence, _ in drawing if sequence.top_logprobs is not None]
-        told = self.ops.fetch(self.ops.logprobs(logits, ids, max(tops))).result() if tops else None
-        refused: set[int] = set()  # sequences of whose drafts one was not what was drawn
-        for row, ((sequence, before), token) in enumerate(zip(drawing, self.ops.fetch(ids).result().tolist())):
-            if sequence.error is not None:
-                yield sequence, -1
-            elif sequence.finish_reason is None and id(sequence) not in refused:
-                if sequence.top_logprobs is not None and token >= 0:
-                    sequence.logprobs.append(TokenLogprobs.read(token, told[row], sequence.top_logprobs))
-                if before < len(sequence.drafts) and token == sequence.drafts[before]:
-                    self.scheduler.accepted += 1
-                else:
-                    refused.add(id(sequence))
-                sequence.remembered = len(sequence.ids)
-                yield self._accept(sequence, token)
-        for sequence, _ in drawing:
-            sequence.drafts, sequence.remembered = [], min(sequence.remembered, len(sequence.ids))
+        self._launched(drawing, ids, told)
+        yield from self._failed(drawing)
+        large = others and sum(count for _, count in step) > LARGE
+        yield from self._read(0 if large else min(self._unread(), 1))
 
     def _decode(self, sequences: list[Sequence]) -> Iterator[Event]:
         """Steps of one token for each sequence, until one of them ends, another arrives, or pages run out."""
+        steps = self._lease(sequences)
+        decode = self._find([(sequence, 1) for sequence in sequences], sequences)
+        yield from self._failed(sequences)
+        for left in reversed(range(steps)):
+            for sequence in sequences:
+                sequence.remembered += 1
+            self._launched(sequences, *decode.replay())
+            yield from self._read(self._unread(left))
+            if self._arrivals or self._scores or any(sequence.finish_reason for sequence in sequences):
+                return  # what is already on its way is kept, nothing more is asked for
+
+    def _lease(self, sequences: list[Sequence]) -> int:
+        """How many steps these sequences decode without a change; they get the pages for them."""
         steps = LEASE if not self.scheduler.waiting else PAGE_TOKENS  # whoever waits needs pages, too
-        if any(sequence.grammar for sequence in sequences):
+        if any(sequence.grammar for sequence in self.scheduler.running):
             steps = 1
         elif self.scheduler.speculate:
             steps = UNGUESSED
         steps = min(steps, max(sequence.remaining for sequence in sequences))
-        lease = [(sequence, min(len(sequence.ids) + steps, sequence.limit)) for sequence in sequences]
+        lease = [(sequence, min(sequence.length + steps, sequence.limit)) for sequence in sequences]
         missing = [self.cache.missing(s.held, tokens) for s, tokens in lease]
         if not self.cache.fits([sum(group) for group in zip(*missing)]):
-            steps, lease = 1, [(sequence, len(sequence.ids)) for sequence in sequences]
+            steps, lease = 1, [(sequence, sequence.length) for sequence in sequences]
         for sequence, tokens in lease:
             self.scheduler.grow(sequence, tokens)
-        steps = min(steps, min(s.remaining for s in sequences))
-        settings = [self._sampler_row(sequence, 0) for sequence in sequences]
-        for sequence in sequences:
-            if sequence.error is not None:
-                yield sequence, -1
-        decode = self._recorded(sequences, settings)
-        pending: deque = deque()
-        launched = 0
-        while pending or launched < steps:
-            while launched < steps and len(pending) <= self.ops.lookahead:
-                pending.append(self.ops.fetch(decode.replay()))
-                launched += 1
-            ids = pending.popleft().result().tolist()
-            for sequence, token in zip(sequences, ids):
-                if sequence.finish_reason is None:
-                    sequence.remembered += 1
-                    yield self._accept(sequence, token)
-            if self._arrivals or self._scores or any(sequence.finish_reason for sequence in sequences):
-                steps = launched  # what is already on its way is kept, nothing more is asked for
+        return min(steps, min(s.remaining for s in sequences))
 
-    def _recorded(self, sequences: list[Sequence], settings: list[SamplerRow]) -> Decode:
-        """The recorded step for this many sequences and pages, filled with these."""
+    def _unread(self, left: int = 0) -> int:
+        """How many steps may be under way unread, `left` steps before another one is planned.
+
+        None where a guess comes next, or most sequences wait for their grammars; one where some do, so that the others
+        keep the device busy meanwhile.
+        """
+        awaited = sum(sequence.awaited for sequence in self.scheduler.running)
+        if 2 * awaited >= len(self.scheduler.running) or self.scheduler.speculate and not left:
+            return 0
+        return min(self.ops.lookahead, 1) if awaited else self.ops.lookahead
+
+    def _find(self, step: Step, drawing: list[Sequence | None]) -> Recorded | None:
+        """The recorded step of these sizes, filled with this one; None for one that is better run as it is."""
+        count, tokens = len(step), sum(count for _, count in step)
         exact = self.ops.lookahead == 0  # nothing is captured: padding would only cost
-        size = len(sequences) if exact else _power_of_two(len(sequences))
-        pages = max(len(pages) for sequence in sequences for pages in sequence.held.pages)
-        width = pages if exact else _power_of_two(max(pages, 16))
-        greedy = all(s.sampling.temperature == 0 for s in sequences)
-        key = (size, width, greedy)
-        if exact:
-            return Decode(self, sequences, settings, size, width)
-        if key not in self._decodes:
-            self._decodes[key] = Decode(self, sequences, settings, size, width)
+        width = max(len(pages) for sequence, _ in step for pages in sequence.held.pages)
+        if not exact:
+            width = _power_of_two(max(width, SHORTEST_TABLE))
+        told = any(sequence is not None and sequence.top_logprobs is not None for sequence in drawing)
+        if all(sequence.decoding and not sequence.drafts for sequence, _ in step):
+            size = count if exact else min(_power_of_two(count), self.scheduler.max_sequences)
+            sizes = Sizes(size, width, size, told)
         else:
-            self._decodes[key].refill(sequences, settings)
-        return self._decodes[key]
+            size = min(_power_of_two(count + 1), self.scheduler.max_sequences + 1)  # one takes what tokens are left
+            tokens = -(-(tokens + size - count) // ROUND) * ROUND
+            if exact or tokens > min(self.small, self.scheduler.step_tokens) or any(s.drafts for s, _ in step):
+                return None
+            sizes = Sizes(size, width, tokens, told)
+            if sizes not in self._recorded:
+                self._keep(sizes, None)
+                return None
+        found = self._recorded.get(sizes)
+        if found is None:
+            return self._record(sizes, step, drawing)
+        found.refill(step, drawing)
+        self._recorded.move_to_end(sizes)
+        return found
+
+    def _record(self, sizes: Sizes, step: Step, drawing: list[Sequence | None]) -> Recorded:
+        recorded = Recorded(self, sizes, step, drawing)
+        if self.ops.lookahead:
+            self._keep(sizes, recorded)
+        return recorded
+
+    def _keep(self, sizes: Sizes, recorded: Recorded | None) -> None:
+        self._recorded[sizes] = recorded
+        if len(self._recorded) > RECORDED:
+            self.ops.synchronize()  # it may be under way
+            self._recorded.popitem(last=False)
+
+    def put(self, step: Step, drawing: list[Sequence | None], rows: list[int] | None,
+            sizes: tuple[int | None, int | None, int | None] = (None, None, None), into: Any = None) -> Any:
+        """Put a planned step's batch, and how `drawing` draw on these rows, where the step finds them; see make_batch.
+
+        sizes: sequences, pages in a table, and tokens to pad to. `into`: a batch of the same sizes, overwritten.
+        """
+        newest = self._flights[-1].sequences if self._flights else []
+        drawn = {id(sequence): row for row, sequence in enumerate(newest)}
+        batch = self.ops.batch(make_batch(step, rows, *sizes, drawn), into=into)
+        if any(sequence.ahead for sequence, _ in step):
+            self.ops.feed(batch, self._flights[-1].ids)
+        settings = [GREEDY if sequence is None else self._sampler_row(sequence, drafts) for sequence in drawing
+                    for drafts in range(len(sequence.drafts) + 1 if sequence is not None else 1)]
+        if settings:
+            self.ops.sampler(settings, self.model.config.vocab_size, into=self.sampler)
+        return batch
+
+    def _launched(self, sequences: list[Sequence | None], ids: Any, told: Any) -> None:
+        """A step is on its way; ids: anything that it computes, where none are drawn."""
+        for sequence in sequences:
+            if sequence is not None:
+                sequence.ahead += 1
+        told = told if told is None else self.ops.fetch(told)
+        self._flights.append(Flight(sequences, ids if sequences else None, self.ops.fetch(ids), told))
+
+    @staticmethod
+    def _failed(sequences: list[Sequence | None]) -> Iterator[Event]:
+        """Those whose grammar failed when their step was put together."""
+        return ((sequence, -1) for sequence in sequences if sequence is not None and sequence.error is not None)
+
+    def _read(self, most: int) -> Iterator[Event]:
+        """Wait for the oldest steps, until `most` are left unread."""
+        while len(self._flights) > most:
+            flight = self._flights.popleft()
+            drawn = flight.drawn.result().tolist()
+            told = flight.told.result() if flight.told is not None else None
+            row = 0
+            for sequence in flight.sequences:
+                first, row = row, row + 1 + (len(sequence.drafts) if sequence is not None else 0)
+                if sequence is not None and sequence.finish_reason is None:
+                    sequence.ahead -= 1
+                    if sequence.top_logprobs is None and not sequence.drafts:
+                        yield self._accept(sequence, drawn[first])
+                    else:
+                        yield from self._take(sequence, drawn[first:row], None if told is None else told[first:row])
+
+    def _take(self, sequence: Sequence, tokens: list[int], told: np.ndarray | None) -> Iterator[Event]:
+        """Accept the token after a sequence's ids, and those after its drafts as far as these were right."""
+        drafts, sequence.drafts = sequence.drafts, []
+        for i, token in enumerate(tokens):
+            if sequence.top_logprobs is not None and token >= 0:
+                sequence.logprobs.append(TokenLogprobs.read(token, told[i], sequence.top_logprobs))
+            right = drafts[i:i + 1] == [token]
+            self.scheduler.accepted += right
+            yield self._accept(sequence, token)
+            if sequence.finish_reason is not None or not right:
+                break
+        if drafts:
+            sequence.remembered = len(sequence.ids) - 1
+            sequence.history = None  # it misses what was drawn after the first of them
 
     def _accept(self, sequence: Sequence, token: int) -> Event:
         if token < 0:
@@ -241,6 +387,10 @@ class Engine:
     def _sampler_row(self, sequence: Sequence, drafts: int) -> SamplerRow:
         """How a sequence's token after so many drafts is drawn; it fails where its grammar has nothing to allow."""
         row = sequence.sampler_row(drafts)
+        if row.penalised and not drafts and row.history is None:
+            sequence.history = self.ops.history(sequence.ids[:sequence.prompt_length], sequence.generated,
+                                                self.model.config.vocab_size)
+            row = replace(row, history=sequence.history)
         if sequence.grammar is None:
             return row
         mask = np.zeros(-(-self.model.config.vocab_size // 32), np.uint32)
@@ -255,7 +405,8 @@ class Engine:
 
     def _not_finite(self, sequence: Sequence) -> Fp4rtError:
         """Run the sequence again, layer by layer, to say which one first left the numbers."""
-        position = sequence.remembered - 1
+        position = len(sequence.ids) - 1
+        sequence.ahead = 0
         self.cache.give_back(sequence.held)
         self.cache.take_slot(sequence.held)
         sequence.remembered = 0
@@ -279,55 +430,69 @@ class Engine:
         if self.busy:
             raise Fp4rtError("request", "logits cannot be asked for while sequences are being generated")
         logits = np.empty((len(ids), self.model.config.vocab_size), np.float32)
-        for first, part in self._prompt_logits(ids):
-            rows = self.ops.fetch(part).result()
-            logits[first:first + len(rows)] = rows
+        with self._prompt(ids) as prompt:
+            for first, part in self._prompt_logits(prompt):
+                rows = self.ops.fetch(part).result()
+                if not np.isfinite(rows).all():
+                    raise self._not_finite(prompt)
+                logits[first:first + len(rows)] = rows
         return logits
 
     def score(self, sequence: Sequence, top: int) -> None:
         """Fill sequence.prompt_logprobs, for its prompt's tokens but the first, and then submit it (any thread)."""
         def chunks() -> Iterator[None]:
-            ids = sequence.ids
+            unread: deque[tuple[list[int], Pending]] = deque()
+
+            def read() -> None:
+                following, pending = unread.popleft()
+                told = pending.result()
+                if np.isnan(told[:, 0]).any():
+                    raise self._not_finite(prompt)
+                sequence.prompt_logprobs += [TokenLogprobs.read(token, row, top) for token, row in zip(following, told)]
+
             try:
-                for first, part in self._prompt_logits(ids):
-                    if sequence.finish_reason:
-                        break
-                    if part is not None:
-                        following = ids[first + 1:first + 1 + len(part)]
-                        padded = np.array(following + [0] * (len(part) - len(following)), np.int32)
-                        told = self.ops.fetch(self.ops.logprobs(part, padded, top))
-                        sequence.prompt_logprobs += [TokenLogprobs.read(token, row, top)
-                                                     for token, row in zip(following, told.result())]
-                    yield
+                with self._prompt(sequence.ids) as prompt:
+                    for first, part in self._prompt_logits(prompt):
+                        if sequence.finish_reason:
+                            break
+                        if part is not None:
+                            following = prompt.ids[first + 1:first + 1 + len(part)]
+                            padded = np.array(following + [0] * (len(part) - len(following)), np.int32)
+                            unread.append((following, self.ops.fetch(self.ops.logprobs(part, padded, top))))
+                        del part  # its memory is for the steps that come between
+                        if len(unread) > 1:
+                            read()
+                        yield
+                    while unread and not sequence.finish_reason:
+                        read()
             except Fp4rtError as error:
                 sequence.fail(error)
             self.submit(sequence)
 
         self._scores.append(chunks())
 
-    def _prompt_logits(self, ids: list[int]) -> Iterator[tuple[int, Any]]:
-        """(first position, logits of a chunk from there), the logits None where it has to wait for room."""
-        sequence = Sequence(list(ids), None, 0, frozenset(), len(ids))
-        chunk = min(self.scheduler.step_tokens, LOGITS_ROWS)
+    @contextmanager
+    def _prompt(self, ids: list[int]) -> Iterator[Sequence]:
+        """A sequence whose prompt is looked at and not continued; what it holds is given back."""
+        prompt = Sequence(list(ids), Sampling(), 0, frozenset(), len(ids))
         try:
-            while not self.cache.has_slot:
-                yield 0, None
-            self.cache.take_slot(sequence.held)
-            while sequence.remembered < len(ids):
-                count = min(chunk, len(ids) - sequence.remembered)
-                self.cache.trim(sequence.held, sequence.remembered)
-                while not self.cache.grow(sequence.held, sequence.remembered + count):
-                    if not self.scheduler.running:
-                        raise Fp4rtError("memory", f"{len(ids)} tokens do not fit the K/V cache of "
-                                                   f"{self.cache.tokens} tokens")
-                    yield sequence.remembered, None
-                batch = self.ops.batch(make_batch([(sequence, count)], list(range(count))))
-                part = self.model(batch, self.cache.layers)
-                finite = self.ops.is_finite(part)
-                if finite:
-                    yield sequence.remembered, part
-                sequence.remembered += count
-                if not finite:
-                    raise self._not_finite(sequence)
+            yield prompt
         finally:
-            self.cache.give_back(sequence.held)
+            self.cache.give_back(prompt.held)
+
+    def _prompt_logits(self, prompt: Sequence) -> Iterator[tuple[int, Any]]:
+        """(first position, logits of a chunk from there), the logits None where it has to wait for room."""
+        total, chunk = len(prompt.ids), min(self.scheduler.step_tokens, LOGITS_ROWS)
+        while not self.cache.has_slot:
+            yield 0, None
+        self.cache.take_slot(prompt.held)
+        while (first := prompt.remembered) < total:
+            count = min(chunk, total - first)
+            self.cache.trim(prompt.held, first)
+            while not self.cache.grow(prompt.held, first + count):
+                if not self.scheduler.running:
+                    raise Fp4rtError("memory", f"{total} tokens do not fit the K/V cache of {self.cache.tokens} tokens")
+                yield first, None
+            batch = self.ops.batch(make_batch([(prompt, count)], list(range(count))))
+            prompt.remembered += count
+            yield first, self.model(batch, self.cache.layers)

@@ -13,8 +13,15 @@ Step = list[tuple[Sequence, int]]  # how many of each sequence's not yet remembe
 LOGITS_ROWS = 64                   # of a prompt, or of tokens and guesses, whose logits one step computes
 
 
+def most_rows(max_sequences: int, speculate: int) -> int:
+    """Of logits that one step draws from: a recorded one may have a row that means nothing."""
+    return max_sequences + (LOGITS_ROWS if speculate else 1)
+
+
 class Scheduler:
     """Continuous batching (Yu et al. 2022): a step takes a token of each sequence that decodes, and pieces of prompts.
+
+    What is planned may follow steps that are still under way: see Sequence.ahead.
 
     Of the tokens that a step has left for prompts, the oldest prompt is sure of half and the shortest go first: a long
     prompt is always under way and never holds up a short one. Sequences are admitted in their order, once their
@@ -39,9 +46,16 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def retire(self) -> None:
-        """Take finished sequences out and free their pages."""
+        """Take finished sequences out and free their pages, of which those with known text can be found."""
         for sequence in [s for s in (*self.running, *self.waiting) if s.finish_reason]:
+            if sequence.error is None:
+                self.publish(sequence)
             self.remove(sequence)
+
+    def publish(self, sequence: Sequence) -> None:
+        """Let others find the whole pages of what is remembered of a sequence and known."""
+        known = min(sequence.remembered, len(sequence.ids))
+        self.cache.publish(sequence.held, sequence.ids, known, sequence.cache_salt)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence wherever it is, and free its pages."""
@@ -49,7 +63,11 @@ class Scheduler:
             self.running.remove(sequence)
         if sequence in self.waiting:
             self.waiting.remove(sequence)
+        self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
         self.cache.give_back(sequence.held)
+        sequence.history = None
 
     def grow(self, sequence: Sequence, tokens: int) -> bool:
         """Give a running sequence pages for its first `tokens` tokens, preempting newer ones; False if it had to go."""
@@ -58,7 +76,7 @@ class Scheduler:
             if self.running[-1] is self.running[0]:
                 raise Fp4rtError("memory", f"{tokens} tokens do not fit the K/V cache of {self.cache.tokens} tokens")
             newest = self.running.pop()
-            self.cache.give_back(newest.held)
+            self._forget(newest)
             newest.remembered, newest.drafts = 0, []
             self.preemptions += 1
             self.waiting.appendleft(newest)
@@ -70,14 +88,14 @@ class Scheduler:
         """The next step. Empty when nothing is left to do."""
         self.retire()
         step: Step = []
-        for sequence in [s for s in self.running if s.decoding]:
-            if sequence in self.running and self.grow(sequence, len(sequence.ids)):
+        decoding = {id(s) for s in self.running if s.decoding}
+        for sequence in [s for s in self.running if s.decoding and s.remaining > 0 and not s.awaited]:
+            if sequence in self.running and self.grow(sequence, sequence.length):
                 step.append((sequence, 1))
         if self.speculate:
             step = self._draft([sequence for sequence, _ in step if sequence in self.running])
         self._admit()
         budget = max(1, self.step_tokens - sum(count for _, count in step))
-        decoding = {id(sequence) for sequence, _ in step}
         prompts = [s for s in self.running if id(s) not in decoding]
         for sequence, count in self._share(prompts, budget):
             if sequence in self.running and self.grow(sequence, sequence.remembered + count):
@@ -88,9 +106,10 @@ class Scheduler:
         """A token of each, and guesses at what follows as far as there is room for them without anyone's leaving."""
         room, step = min(LOGITS_ROWS, self.step_tokens) - len(sequences), []
         for sequence in sequences:
-            most = min(self.speculate, room, sequence.remaining - 1) if sequence.grammar is None else 0
+            known = sequence.ahead == 0 and sequence.grammar is None
+            most = min(self.speculate, room, sequence.remaining - 1) if known else 0
             drafts = sequence.lookup.guess(sequence.ids, most) if most > 0 else []
-            sequence.drafts = drafts if self.cache.grow(sequence.held, len(sequence.ids) + len(drafts)) else []
+            sequence.drafts = drafts if self.cache.grow(sequence.held, sequence.length + len(drafts)) else []
             room -= len(sequence.drafts)
             self.drafted += len(sequence.drafts)
             step.append((sequence, 1 + len(sequence.drafts)))
@@ -101,6 +120,8 @@ class Scheduler:
         promised = [sum(group) for group in zip(*(self._needs(s) for s in self.running if not s.decoding))]
         while self.waiting and len(self.running) < self.max_sequences:
             head = self.waiting[0]
+            if head.ahead:  # it was preempted, and what it drew before has to be read first
+                return
             head.remembered = self.cache.attach(head.held, head.ids, head.cache_salt)
             needs = self._needs(head)
             total = [a + b for a, b in zip(promised, needs)] if promised else needs

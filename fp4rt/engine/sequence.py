@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -45,6 +45,8 @@ class TokenLogprobs:
 class Sequence:
     """ids holds the prompt and what was generated; the first `remembered` of them are remembered in `held`.
 
+    ahead: tokens drawn by steps that have been launched and not been read: they follow `ids`, though the host does not
+    know them yet, and count among the remembered. history: of the ids, on the device, where penalties need it.
     finish_reason: None while it runs, then "stop" (a stop id or stop string), "length", "cancelled", or "error", which
     `error` tells. Whoever sets it ends the sequence; any thread may.
     cache_salt: only sequences of the same salt share pages. cached_tokens: of the prompt, how many were found so.
@@ -60,6 +62,8 @@ class Sequence:
     limit: int                  # ids may not grow beyond this many
     prompt_length: int = 0
     remembered: int = 0
+    ahead: int = 0
+    history: Any = None
     held: Remembered = field(default_factory=Remembered)
     drafts: list[int] = field(default_factory=list)
     lookup: Lookup = field(default_factory=Lookup)
@@ -80,14 +84,24 @@ class Sequence:
         return self.ids[self.prompt_length:]
 
     @property
+    def length(self) -> int:
+        """Tokens, with those that the host does not know yet."""
+        return len(self.ids) + self.ahead
+
+    @property
     def decoding(self) -> bool:
-        """Only the newest id is not yet remembered."""
-        return self.remembered == len(self.ids) - 1 and len(self.ids) > self.prompt_length
+        """Only the newest token is not yet remembered."""
+        return self.remembered == self.length - 1 and self.length > self.prompt_length
+
+    @property
+    def awaited(self) -> bool:
+        """Whether its next step takes what the host does not know yet: what a grammar allows after the newest token."""
+        return self.ahead > 0 and self.grammar is not None
 
     @property
     def remaining(self) -> int:
         """Tokens it may still draw."""
-        return self.limit - len(self.ids)
+        return self.limit - self.length
 
     def fail(self, error: Fp4rtError) -> None:
         self.finish_reason, self.error = "error", error
@@ -99,12 +113,13 @@ class Sequence:
         ended = token in self.stop_ids and not self.sampling.ignore_eos
         if ended or self.grammar is not None and self.grammar.finished:
             self.finish_reason = "stop"
-        elif self.remaining <= 0:
+        elif len(self.ids) >= self.limit:
             self.finish_reason = "length"
 
     def sampler_row(self, drafts: int = 0) -> SamplerRow:
-        """How the token after the first so many drafts is drawn."""
-        s, guessed = self.sampling, self.drafts[:drafts]
+        """How the token after the first so many drafts is drawn; after none, what was seen must be in `history`."""
+        s = self.sampling
+        seen = (self.ids[:self.prompt_length], self.generated + self.drafts[:drafts]) if drafts else ((), ())
         return SamplerRow(s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty, s.presence_penalty,
-                          s.frequency_penalty, self.seed, len(self.ids) - self.prompt_length + len(guessed),
-                          self.ids[:self.prompt_length], self.generated + guessed, s.logit_bias)
+                          s.frequency_penalty, self.seed, self.length - self.prompt_length + drafts, *seen,
+                          s.logit_bias, history=None if drafts else self.history)

@@ -129,7 +129,7 @@ class Attention:
     def __call__(self, h: Any, norm: Any, batch: Any, pages: Any) -> Any:
         qkv = self.ops.linear(h, self.qkv_proj, norm=norm)
         a = self.ops.attention(qkv, batch, pages, self.shape, rope=self.rope, q_norm=self.q_norm, k_norm=self.k_norm,
-                               v_norm=self.v_norm)
+                               v_norm=self.v_norm, then=self.o_proj)
         return self.ops.linear(a, self.o_proj)
 
 
@@ -161,7 +161,8 @@ class MoE:
             at, ExpertShape(experts, hidden, sizes.moe_intermediate_size), sizes.routing.top_k)
 
     def __call__(self, h: Any) -> Any:
-        choice = self.ops.route(h, self.router, self.routing, norm=self.router_norm, expert_scale=self.expert_scale)
+        choice = self.ops.route(h, self.router, self.routing, norm=self.router_norm, expert_scale=self.expert_scale,
+                                experts_norm=self.norm)
         return self.ops.experts(h, choice, self.gate_up_proj, self.down_proj, activation="gelu_tanh", norm=self.norm)
 
 

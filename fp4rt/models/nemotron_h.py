@@ -141,7 +141,8 @@ class Attention:
         self.o_proj = load.linear(scope, {"o_proj": sizes.hidden_size}, q, bias=bias)
 
     def __call__(self, h: Any, norm: Any, batch: Any, pages: Any) -> Any:
-        a = self.ops.attention(self.ops.linear(h, self.qkv_proj, norm=norm), batch, pages, self.shape, rope=None)
+        a = self.ops.attention(self.ops.linear(h, self.qkv_proj, norm=norm), batch, pages, self.shape, rope=None,
+                               then=self.o_proj)
         return self.ops.linear(a, self.o_proj, residual=h)
 
 
@@ -177,15 +178,14 @@ class MoE:
     def __call__(self, h: Any, norm: Any, batch: Any, memory: None) -> Any:
         ops = self.ops
         choice = ops.route(h, self.gate, self.routing, norm=norm, correction=self.correction)
+        shared = ops.linear(h, self.shared_experts.up_proj, norm=norm, activation="relu2")
         if self.fc1_latent_proj is None:
-            routed = ops.experts(h, choice, self.up_proj, self.down_proj, activation="relu2", norm=norm)
+            h = ops.experts(h, choice, self.up_proj, self.down_proj, activation="relu2", norm=norm, residual=h)
         else:
-            routed = ops.experts(ops.linear(h, self.fc1_latent_proj, norm=norm), choice, self.up_proj, self.down_proj,
-                                 activation="relu2")
-            routed = ops.linear(routed, self.fc2_latent_proj)
-        shared = ops.linear(ops.linear(h, self.shared_experts.up_proj, norm=norm, activation="relu2"),
-                            self.shared_experts.down_proj)
-        return ops.merge(h, [(routed, None), (shared, None)])
+            latent = ops.linear(h, self.fc1_latent_proj, norm=norm)
+            routed = ops.experts(latent, choice, self.up_proj, self.down_proj, activation="relu2")
+            h = ops.linear(routed, self.fc2_latent_proj, residual=h)
+        return ops.linear(shared, self.shared_experts.down_proj, residual=h)
 
 
 class Layer:

@@ -127,7 +127,7 @@ class SamplerRow:
     step: tokens drawn so far for this sequence (the random stream's position). prompt/generated: the ids that
     penalties look at. logit_bias: (id, what is added to its logit), each id once. mask: uint32 [ceil(V / 32)]; an id i
     whose bit i % 32 of word i // 32 is 0 cannot be drawn. It holds for every draw until the sampler is refilled; None
-    allows all.
+    allows all. history: from Ops.history, in place of prompt and generated; what is drawn is added to it.
     """
 
     temperature: float
@@ -143,6 +143,17 @@ class SamplerRow:
     generated: Sequence[int]
     logit_bias: tuple[tuple[int, float], ...] = ()
     mask: np.ndarray | None = None
+    history: Handle | None = None
+
+    @property
+    def penalised(self) -> bool:
+        """Whether it matters which ids were seen."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+# How rows that nobody reads are drawn.
+GREEDY = SamplerRow(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0,
+                    frequency_penalty=0.0, seed=0, step=0, prompt=(), generated=())
 
 
 class Ops(Protocol):
@@ -212,7 +223,13 @@ class Ops(Protocol):
     # -- A step -------------------------------------------------------------------------------------------------
 
     def batch(self, batch: Batch, into: Handle | None = None) -> Handle:
-        """Put a Batch where the operations can read it; `into` refills one with the same S, P, T and R."""
+        """Put a Batch where the operations can read it; `into` refills one with the same S, P, T and R.
+
+        A token below 0 is one that the host does not know yet; see `feed`.
+        """
+
+    def feed(self, batch: Handle, ids: Handle) -> None:
+        """Put what `sample` drew last into a batch: tokens -1 - r become ids[r] (int32 [R]; 0 for a failed row)."""
 
     def embed(self, batch: Handle, table: Handle) -> Handle:
         """Residual float32 [T, d]: the rows of the table."""
@@ -229,30 +246,33 @@ class Ops(Protocol):
 
     def attention(self, qkv: Handle, batch: Handle, pages: Handle, shape: AttentionShape, *, rope: Handle | None,
                   q_norm: Handle | None = None, k_norm: Handle | None = None, v_norm: Handle | None = None,
-                  sinks: Handle | None = None) -> Handle:
+                  sinks: Handle | None = None, then: Linear | None = None) -> Handle:
         """Causal attention of T new tokens over everything remembered, [T, input_width] -> [T, H hd].
 
         Each head of q, k and v is RMS-normed over head_dim (where given), q and k are then rotated; k and v are
         written to their pages; softmax(scale * q.k) v over positions j <= i, and j > i - window, in float32.
-        sinks [H]: one more logit per head in the softmax's sum, without a value (gpt-oss).
+        sinks [H]: one more logit per head in the softmax's sum, without a value (gpt-oss). then: as for `linear`.
         """
 
     def logits(self, h: Handle, batch: Handle, norm: Handle, head: Linear, *, softcap: float | None = None) -> Handle:
         """Final norm and head on the wanted rows of the residual stream: float32 [R, V]; softcap: c tanh(y / c)."""
 
     def route(self, x: Handle, router: Linear, routing: Routing, *, norm: Handle | None = None,
-              correction: Handle | None = None, expert_scale: Handle | None = None) -> Handle:
+              correction: Handle | None = None, expert_scale: Handle | None = None,
+              experts_norm: Handle | None = None) -> Handle:
         """Each token's experts, int32 [T, k], and their weights, float32 [T, k]; x and norm as for `linear`.
 
         The router's logits are float32. correction [E] is added to the scores for choosing; expert_scale [E]
-        multiplies the weights of the chosen experts at last.
+        multiplies the weights of the chosen experts at last. experts_norm: the norm that `experts` will be given for
+        this x, if another than the router's: both may be computed here.
         """
 
     def experts(self, x: Handle, choice: Handle, up: Linear, down: Linear, *, activation: str,
                 norm: Handle | None = None, residual: Handle | None = None) -> Handle:
         """sum over a token's experts e of weight_e * down_e(activation(up_e(x))), [T, d]; `up` is gate and up if gated.
 
-        norm and residual as for `linear`. Only chosen experts are read.
+        norm and residual as for `linear`. Only chosen experts are read. If x was the router's, too, its numbers must be
+        the same as then.
         """
 
     def merge(self, residual: Handle, branches: Sequence[tuple[Handle, Handle | None]], *, norm: Handle | None = None,
@@ -279,10 +299,20 @@ class Ops(Protocol):
     # -- Tokens -------------------------------------------------------------------------------------------------
 
     def sampler(self, rows: Sequence[SamplerRow], vocab_size: int, into: Handle | None = None) -> Handle:
-        """Put the settings of R rows where `sample` can read them; `into` refills one with the same R.
+        """Put the settings of R rows where `sample` can read them.
 
-        Masks are copied. Raises Fp4rtError("request") for a bias outside the vocabulary, or a mask that allows nothing.
+        `into` refills one that was made for as many rows or more: those beyond are then drawn as GREEDY says. Masks
+        are copied. Raises Fp4rtError("request") for a bias outside the vocabulary, or a mask that allows nothing.
         """
+
+    def batch_bytes(self, sequences: int, pages: int) -> int:
+        """Device memory of a batch of so many sequences with a token each, and so many pages in all their tables."""
+
+    def sampler_bytes(self, vocab_size: int) -> int:
+        """Device memory that one row's settings take at most, its history included."""
+
+    def history(self, prompt: Sequence[int], generated: Sequence[int], vocab_size: int) -> Handle:
+        """What penalties know of a sequence, for SamplerRow.history: kept up to date by `sample`, not by the host."""
 
     def sample(self, logits: Handle, sampler: Handle) -> Handle:
         """Next ids int32 [R], as sampling.draw defines; -1 where a row's logits hold a NaN or an infinity.
@@ -316,7 +346,8 @@ class Ops(Protocol):
         """Bytes that may still be allocated within this backend's budget; None if unknown."""
 
     def expect(self, nbytes: int) -> None:
-        """Pages and slots of so many bytes are asked for next, and may be taken from the device in one piece."""
+        """Take so many bytes from the device in one piece: for pages, slots, and what batches and samplers need later.
+        """
 
     def reserve(self, step: Callable[[], object]) -> int:
         """Size the scratch memory for `step` (the largest one that will ever run) without running it: bytes."""

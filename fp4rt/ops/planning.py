@@ -91,9 +91,12 @@ class PlanningOps:
                  normed_bytes: int = 0, order_bytes: int = 0, free: int | None = None,
                  choose: Callable[..., Choice] = as_stored,
                  page_bytes: Callable[[AttentionShape], int] = lambda shape: 0,
-                 state_bytes: Callable[[MambaShape], int] = lambda shape: 0):
+                 state_bytes: Callable[[MambaShape], int] = lambda shape: 0,
+                 batch_bytes: Callable[[int, int], int] = lambda sequences, pages: 0,
+                 sampler_bytes: Callable[[int], int] = lambda vocab_size: 0):
         self.device, self.step_tokens, self.kv_page_bytes = device, step_tokens, page_bytes
         self.mamba_state_bytes = state_bytes
+        self.batch_bytes, self.sampler_bytes = batch_bytes, sampler_bytes
         self._activation_bytes, self._normed_bytes = activation_bytes, normed_bytes
         self._order_bytes = order_bytes
         self._free, self._choose = free, choose
@@ -158,6 +161,7 @@ class PlanningOps:
         total = residual or Buffer(self, x.rows, x.columns, self._activation_bytes)
         pairs = min(x.rows * choice.columns // 2, _EXPERT_PAIRS)
         inner = Buffer(self, pairs, down.in_features, self._activation_bytes)  # noqa: F841
+        copy = Buffer(self, pairs, down.in_features, self._order_bytes if down.in_features % 128 else 0)  # noqa: F841
         outputs = Buffer(self, pairs, x.columns, self._activation_bytes)  # noqa: F841
         return total
 
@@ -228,9 +232,11 @@ def planning_ops(device: str, arch: str | None, gpu_memory: int | None, determin
 
 def _planning_cuda(device: str, step_tokens: int, free: int | None, orders: bool) -> PlanningOps:
     from fp4rt.ops.cuda.attention import kv_page_bytes
+    from fp4rt.ops.cuda.batch import batch_bytes
     from fp4rt.ops.cuda.mamba import mamba_state_bytes
     from fp4rt.ops.cuda.plan import plan_linear
+    from fp4rt.ops.cuda.sample import sampler_bytes
 
     return PlanningOps(device, step_tokens=step_tokens, activation_bytes=2, normed_bytes=2,
                        order_bytes=2 if orders else 0, free=free, choose=plan_linear, page_bytes=kv_page_bytes,
-                       state_bytes=mamba_state_bytes)
+                       state_bytes=mamba_state_bytes, batch_bytes=batch_bytes, sampler_bytes=sampler_bytes)

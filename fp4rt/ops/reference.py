@@ -14,7 +14,7 @@ from fp4rt.batch import PAGE_TOKENS, Batch
 from fp4rt.errors import Fp4rtError
 from fp4rt.formats import Weight
 from fp4rt.formats.fp8 import E4M3, to_e4m3
-from fp4rt.ops import AttentionShape, MambaShape, Routing, SamplerRow
+from fp4rt.ops import GREEDY, AttentionShape, MambaShape, Routing, SamplerRow
 
 
 # -- The mathematics ----------------------------------------------------------------------------------------------
@@ -225,7 +225,18 @@ class Sampler:
 
     def drawn(self, row: int, token: int) -> None:
         old = self.rows[row]
-        self.rows[row] = replace(old, step=old.step + 1, generated=[*old.generated, token])
+        if old.history is not None:
+            old.history.generated.append(token)
+        generated = [*old.generated, token] if old.history is None else old.history.generated
+        self.rows[row] = replace(old, step=old.step + 1, generated=generated)
+
+
+@dataclass(frozen=True)
+class History:
+    """What penalties look at; rows hold its lists, which grow."""
+
+    prompt: list[int]
+    generated: list[int]
 
 
 @dataclass(frozen=True)
@@ -301,6 +312,10 @@ class ReferenceOps:
             getattr(into, name)[...] = value
         return into
 
+    def feed(self, batch: Batch, ids: np.ndarray) -> None:
+        unknown = batch.tokens < 0
+        batch.tokens[unknown] = np.maximum(ids[-1 - batch.tokens[unknown]], 0)
+
     def embed(self, batch: Batch, table: tuple[Weight, np.float32]) -> np.ndarray:
         weight, scale = table
         return np.concatenate([weight.dequantize(slice(token, token + 1)) for token in batch.tokens.tolist()]) * scale
@@ -327,7 +342,8 @@ class ReferenceOps:
             y[token] = weight @ row
         return y
 
-    def attention(self, qkv, batch, pages, shape, *, rope, q_norm=None, k_norm=None, v_norm=None, sinks=None):
+    def attention(self, qkv, batch, pages, shape, *, rope, q_norm=None, k_norm=None, v_norm=None, sinks=None,
+                  then=None):
         heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
 
         def prepare(x, norm, rotated):
@@ -361,7 +377,7 @@ class ReferenceOps:
         y = self.linear(h[batch.rows], head, norm=norm)
         return y if softcap is None else np.float32(softcap) * np.tanh(y / np.float32(softcap))
 
-    def route(self, x, router, routing, *, norm=None, correction=None, expert_scale=None):
+    def route(self, x, router, routing, *, norm=None, correction=None, expert_scale=None, experts_norm=None):
         return choose(self.linear(x, router, norm=norm), routing, correction, expert_scale)
 
     def experts(self, x, choice, up, down, *, activation, norm=None, residual=None):
@@ -412,10 +428,21 @@ class ReferenceOps:
         for row in rows:
             sampling.check_row(row, vocab_size)
         rows = [row if row.mask is None else replace(row, mask=row.mask.copy()) for row in rows]
+        rows = [row if (seen := row.history) is None else replace(row, prompt=seen.prompt, generated=seen.generated)
+                for row in rows]
         if into is None:
             return Sampler(rows)
-        into.rows = rows
+        into.rows = rows + [GREEDY] * (len(into.rows) - len(rows))
         return into
+
+    def batch_bytes(self, sequences: int, pages: int) -> int:
+        return 0
+
+    def sampler_bytes(self, vocab_size: int) -> int:
+        return 0
+
+    def history(self, prompt: Sequence[int], generated: Sequence[int], vocab_size: int) -> History:
+        return History(list(prompt), list(generated))
 
     def sample(self, logits: np.ndarray, sampler: Sampler) -> np.ndarray:
         ids = np.array([sampling.draw(row, settings) for row, settings in zip(logits, sampler.rows)], np.int32)

@@ -63,6 +63,9 @@ def make_ops(device: str, arch: str | None, gpu_memory: int | None, deterministi
         from fp4rt.ops.cpu import CpuOps
 
         return CpuOps(deterministic=deterministic)
+    if driver_library() is None:
+        raise Fp4rtError("device", "device is 'cuda' and no NVIDIA driver is installed here (its library libcuda is "
+                                   "missing); install one (`fp4rt doctor` says more), or use device='cpu'")
     from fp4rt.ops.cuda import CudaOps
 
     return CudaOps(arch=arch, gpu_memory=gpu_memory, deterministic=deterministic)

@@ -22,6 +22,7 @@ from fp4rt.serve.protocol import PromptTokensDetails, Sampled, Usage
 T = TypeVar("T")
 
 MAX_BODY_BYTES = 16 << 20  # more than the longest prompt takes as token ids
+BODIES_BYTES = 256 << 20   # of all bodies that are being read at once
 BODY_SECONDS = 30          # for a client to send its body
 THREADS = 4                # that tokenize, render chat templates and compile grammars
 MAX_PREPARING = 256        # requests that wait for one of these threads
@@ -35,6 +36,7 @@ class Service:
     """A model as it is served.
 
     name: what clients call it. admitted: HTTP requests on their way. busy: those of them that are being worked on.
+    body_bytes: of bodies that are being read.
     """
 
     def __init__(self, llm: fp4rt.AsyncLLM, name: str, openapi: bytes):
@@ -46,7 +48,7 @@ class Service:
         self.metrics = Metrics(llm, name)
         self.grammars = Grammars(self.text, self.vocab_size)
         self.draining = False
-        self.admitted = 0
+        self.admitted = self.body_bytes = 0
         self.busy: set[Call] = set()
         self._threads = ThreadPoolExecutor(THREADS, "fp4rt-serve")
         self._preparing = 0
@@ -139,35 +141,48 @@ async def together(works: Sequence[Awaitable[T]]) -> list[T]:
 
 
 async def read_body(request: HttpRequest, kind: type[T]) -> T:
-    """The body as a struct. Raises ApiError for one that is too long, too slow, not JSON, or of another shape."""
+    """The body as a struct.
+
+    Raises ApiError for one that is too long, too slow, not JSON, or of another shape, and where all bodies together
+    are too much.
+    """
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":  # browsers ask before they send this to another site; and it is the truth
         raise ApiError(415, f"the content type is {content_type[:80]!r}; send application/json")
     stated = request.headers.get("content-length", "")
     if stated.isdigit() and int(stated) > MAX_BODY_BYTES:
         raise too_large()
+    body = bytearray()
     try:
-        body = await asyncio.wait_for(_read(request), BODY_SECONDS)
+        await asyncio.wait_for(_read(request, body), BODY_SECONDS)
+        return msgspec.json.decode(body, type=kind)
     except asyncio.TimeoutError:
         raise ApiError(408, f"the body did not arrive within {BODY_SECONDS} s",
                        headers={"connection": "close"}) from None
-    try:
-        return msgspec.json.decode(body, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise from_decoding(error) from None
+    finally:
+        request.state.service.body_bytes -= len(body)
 
 
-async def _read(request: HttpRequest) -> bytes:
-    body = bytearray()
+async def _read(request: HttpRequest, body: bytearray) -> None:
+    """Append the body to `body` as it comes, and count it."""
+    service: Service = request.state.service
     while True:
         message = await request.receive()
         if message["type"] == "http.disconnect":
             raise Disconnected
-        body += message.get("body", b"")
+        part = message.get("body", b"")
+        body += part
+        service.body_bytes += len(part)
         if len(body) > MAX_BODY_BYTES:
             raise too_large()
+        if service.body_bytes > BODIES_BYTES:
+            error = overloaded("the bodies of too many requests are being read")
+            error.headers["connection"] = "close"
+            raise error
         if not message.get("more_body"):
-            return bytes(body)
+            return
 
 
 def too_large() -> ApiError:

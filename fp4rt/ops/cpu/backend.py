@@ -164,7 +164,8 @@ class CpuOps(ReferenceOps):
                      np.zeros((num_pages, heads, PAGE_TOKENS, -(-dim // 16) * 16), dtype), group, shape.fp8_scales)
 
     def kv_page_bytes(self, shape: AttentionShape) -> int:
-        return shape.num_kv_heads * PAGE_TOKENS * (1 if shape.fp8_scales else 4) * (shape.head_dim + -(-shape.head_dim // 16) * 16)
+        columns = shape.head_dim + -(-shape.head_dim // 16) * 16  # of keys, and of values
+        return shape.num_kv_heads * PAGE_TOKENS * (1 if shape.fp8_scales else 4) * columns
 
     # -- A step -------------------------------------------------------------------------------------------------
 
@@ -221,7 +222,8 @@ class CpuOps(ReferenceOps):
         gated = (y.reshape(tokens, -1) * silu(z)).reshape(tokens, groups, -1)
         return rms_norm(gated, weight.norm.reshape(groups, -1), weight.eps).reshape(tokens, -1)
 
-    def attention(self, qkv, batch, pages, shape, *, rope, q_norm=None, k_norm=None, v_norm=None, sinks=None):
+    def attention(self, qkv, batch, pages, shape, *, rope, q_norm=None, k_norm=None, v_norm=None, sinks=None,
+                  then=None):
         if shape.shares is None and (v_norm is not None or shape.values_are_keys):
             q, k, v = np.split(qkv.reshape(len(qkv), -1, shape.head_dim),
                                [shape.num_heads, shape.num_heads + shape.num_kv_heads], axis=1)
@@ -234,9 +236,9 @@ class CpuOps(ReferenceOps):
         k_scale, v_scale = map(np.float32, pages.fp8_scales or (1, 1))
         with runtime.Threads(self.threads):
             kernels.attention(
-                qkv, pages.keys, pages.values, k_scale, v_scale, batch.positions, batch.starts, batch.pages[pages.group], cos, sin,
-                q_norm.weight, q_norm.eps, k_norm.weight, k_norm.eps, shape.num_heads, np.float32(shape.scale),
-                shape.window or 0, _EMPTY if sinks is None else sinks, out, self.threads)
+                qkv, pages.keys, pages.values, k_scale, v_scale, batch.positions, batch.starts, batch.pages[pages.group],
+                cos, sin, q_norm.weight, q_norm.eps, k_norm.weight, k_norm.eps, shape.num_heads,
+                np.float32(shape.scale), shape.window or 0, _EMPTY if sinks is None else sinks, out, self.threads)
         return out
 
     # -- Room ---------------------------------------------------------------------------------------------------

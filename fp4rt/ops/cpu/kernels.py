@@ -1,4 +1,4 @@
-"""The operations as compiled functions: who computes which rows, around the inner loops of emit.py.
+"""The operations as compiled functions: who computes which rows, around the inner loops of emit/.
 
 Each is one or two parallel regions over `threads` static shares. No result depends on the number of threads: a
 thread owns whole rows of an output.

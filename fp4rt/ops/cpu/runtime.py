@@ -89,7 +89,7 @@ def cgroup_value(v2: str, v1: str) -> str | None:
 def _source_stamp() -> str:
     """A hash of all files of this package: kernels in one file call code emitted by another."""
     digest = hashlib.sha256()
-    for path in sorted(_HERE.glob("*.py")):
+    for path in sorted(_HERE.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

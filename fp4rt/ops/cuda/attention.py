@@ -14,7 +14,9 @@ from fp4rt.ops import AttentionShape
 from fp4rt.ops.cuda.activation import Activation
 from fp4rt.ops.cuda.batch import TICKETS, DeviceBatch
 from fp4rt.ops.cuda.device import Device
+from fp4rt.ops.cuda.linear import CudaLinear, takes_ordered
 from fp4rt.ops.cuda.rms_norm import Norm
+from fp4rt.ops.cuda.warpgroup import Ordered
 
 _COMMON_HEAD_DIMS = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 256, 512)
 _MAX_CHUNKS, _DECODE_THREADS = 64, 128  # as in kernels/attention_decode.cu
@@ -79,15 +81,20 @@ def kv_page_bytes(shape: AttentionShape) -> int:
 def attention(device: Device, qkv: Activation, batch: DeviceBatch, pages: Pages, shape: AttentionShape, *,
               rope: cupy.ndarray | None, q_norm: Norm | None = None, k_norm: Norm | None = None,
               v_norm: Norm | None = None, sinks: cupy.ndarray | None = None,
-              deterministic: bool = False) -> Activation:
-    """Ops.attention. Sequences with one new token share a kernel that splits their keys.
+              then: CudaLinear | None = None, deterministic: bool = False) -> Activation:
+    """Ops.attention. Sequences with one new token share a kernel that splits their keys, and that orders the result
+    where `then`, the only linear that takes it, wants that.
 
     Unless `deterministic`: then every row is computed in the one order that prefill has.
     """
     heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
     table = batch.tables[pages.group]
     tokens, (sequences, width) = qkv.data.shape[0], table.shape
-    out = device.scratch((tokens, heads * dim), np.float16)
+    split = not deterministic and (sequences > 1 or tokens == 1)
+    ordered = None
+    if then is not None and split and tokens == sequences and takes_ordered(device, tokens, heads * dim, then):
+        ordered = Ordered.empty(device, (tokens, heads * dim), then.groups[0].layout.interleaved)
+    out = ordered.data if ordered else device.scratch((tokens, heads * dim), np.float16)
     others = 0
     if shape.shares is None:
         others = kv_heads if shape.values_are_keys else 2 * kv_heads
@@ -108,7 +115,6 @@ def attention(device: Device, qkv: Activation, batch: DeviceBatch, pages: Pages,
     value_scale, window = math.ldexp(1.0, qkv.exponent), shape.window or 0
     q_opening, k_opening, v_opening = ((norm.weight, norm.eps) if norm else (None, 0.0)
                                        for norm in (q_norm, k_norm, v_norm))
-    split = not deterministic and (sequences > 1 or tokens == 1)
     if tokens > sequences or not split:
         device.kernel("attention_prefill", "attention_write", **defines)(
             tokens, _WRITE_THREADS, qkv.data, pages.keys, pages.values, batch.positions, batch.starts, table, sequences,
@@ -124,12 +130,12 @@ def attention(device: Device, qkv: Activation, batch: DeviceBatch, pages: Pages,
     if split:
         opening = (others, *q_opening, *k_opening, *v_opening, rope, value_scale, scale, window, sinks, key_factor,
                    value_factor, out_factor)
-        _decode(device, qkv, batch, pages, shape, out, opening, defines)
-    return Activation(out, pages.value_exponent, pages.value_bound)
+        _decode(device, qkv, batch, pages, shape, out, ordered, opening, defines)
+    return Activation(None if ordered else out, pages.value_exponent, pages.value_bound, ordered=ordered)
 
 
 def _decode(device: Device, qkv: Activation, batch: DeviceBatch, pages: Pages, shape: AttentionShape,
-            out: cupy.ndarray, opening: tuple, defines: dict[str, int]) -> None:
+            out: cupy.ndarray, ordered: Ordered | None, opening: tuple, defines: dict[str, int]) -> None:
     """The sequences with one new token; their keys are split in chunks by their own lengths alone."""
     kv_heads, dim, group = shape.num_kv_heads, shape.head_dim, shape.num_heads // shape.num_kv_heads
     table = batch.tables[pages.group]
@@ -151,7 +157,7 @@ def _decode(device: Device, qkv: Activation, batch: DeviceBatch, pages: Pages, s
     device.kernel("attention_decode", "attention_decode", **defines, **variant)(
         (blocks, sequences, -(-chunks // cluster) * cluster), _DECODE_THREADS, qkv.data, pages.keys, pages.values,
         batch.starts, batch.lengths, table, width, shape.num_heads, kv_heads, *opening, spread, short, most, partial,
-        statistics, batch.tickets, out, pdl=True)
+        statistics, batch.tickets, 2 * ordered.padded + ordered.interleaved if ordered else 0, out, pdl=True)
 
 
 def _chunking(blocks: int, sequences: int) -> tuple[int, int, int]:

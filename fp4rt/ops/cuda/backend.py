@@ -46,7 +46,7 @@ class CudaOps:
     name = "cuda"
     notice = ""
     step_tokens = 2048
-    lookahead = 8
+    lookahead = 4
 
     def __init__(self, arch: str | None = None, gpu_memory: int | None = None, deterministic: bool = False):
         self.gpu = Device(arch, gpu_memory)
@@ -112,6 +112,9 @@ class CudaOps:
     def batch(self, work: Batch, into: batch.DeviceBatch | None = None) -> batch.DeviceBatch:
         return batch.put_batch(self.gpu, work, into)
 
+    def feed(self, work: batch.DeviceBatch, ids: cupy.ndarray) -> None:
+        batch.feed(self.gpu, work, ids)
+
     def embed(self, work: batch.DeviceBatch, table: embedding.Embedding) -> cupy.ndarray:
         return embedding.embed(self.gpu, work.tokens, table)
 
@@ -127,23 +130,24 @@ class CudaOps:
     def attention(self, qkv: Activation, work: batch.DeviceBatch, pages: attention.Pages, shape: AttentionShape, *,
                   rope: cupy.ndarray | None, q_norm: rms_norm.Norm | None = None,
                   k_norm: rms_norm.Norm | None = None, v_norm: rms_norm.Norm | None = None,
-                  sinks: route.Vector | None = None) -> Activation:
+                  sinks: route.Vector | None = None, then: linear.CudaLinear | None = None) -> Activation:
         return attention.attention(self.gpu, qkv, work, pages, shape, rope=rope, q_norm=q_norm, k_norm=k_norm,
-                                   v_norm=v_norm, sinks=sinks and sinks.data, deterministic=self.deterministic)
+                                   v_norm=v_norm, sinks=sinks and sinks.data, then=then,
+                                   deterministic=self.deterministic)
 
     def route(self, x: cupy.ndarray | Activation, router: linear.CudaLinear, routing: Routing, *,
               norm: rms_norm.Norm | None = None, correction: route.Vector | None = None,
-              expert_scale: route.Vector | None = None) -> route.Choice:
-        if norm is not None:
-            x = rms_norm.rms_norm(self.gpu, x, norm)
-        logits = linear.linear(self.gpu, x, router, logits=True, deterministic=self.deterministic)
-        return route.route(self.gpu, logits, routing, correction, expert_scale)
+              expert_scale: route.Vector | None = None, experts_norm: rms_norm.Norm | None = None) -> route.Choice:
+        return route.route(self.gpu, x, router, routing, norm, correction, expert_scale, experts_norm or norm,
+                           self.deterministic)
 
     def experts(self, x: cupy.ndarray | Activation, choice: route.Choice, up: experts.CudaExperts,
                 down: experts.CudaExperts, *, activation: str, norm: rms_norm.Norm | None = None,
                 residual: cupy.ndarray | None = None) -> cupy.ndarray | Activation:
         if norm is not None:
-            x = rms_norm.rms_norm(self.gpu, x, norm)
+            kept = choice.normed
+            x = kept if kept and kept.x is x and kept.norm is norm else rms_norm.Normed(x, norm)
+            x = x.computed(self.gpu)
         return experts.experts(self.gpu, x, choice, up, down, activation=activation, residual=residual,
                                deterministic=self.deterministic)
 
@@ -176,6 +180,15 @@ class CudaOps:
     def sampler(self, rows: Sequence[SamplerRow], vocab_size: int,
                 into: sample.Sampler | None = None) -> sample.Sampler:
         return sample.put_sampler(self.gpu, rows, vocab_size, into)
+
+    def batch_bytes(self, sequences: int, pages: int) -> int:
+        return batch.batch_bytes(sequences, pages)
+
+    def sampler_bytes(self, vocab_size: int) -> int:
+        return sample.sampler_bytes(vocab_size)
+
+    def history(self, prompt: Sequence[int], generated: Sequence[int], vocab_size: int) -> cupy.ndarray:
+        return sample.count_tokens(self.gpu, prompt, generated, vocab_size)
 
     def sample(self, logits: cupy.ndarray, sampler: sample.Sampler) -> cupy.ndarray:
         return sample.sample(self.gpu, logits, sampler)

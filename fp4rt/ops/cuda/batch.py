@@ -58,6 +58,16 @@ def put_batch(device: Device, batch: Batch, into: DeviceBatch | None = None) -> 
     return into
 
 
+def batch_bytes(sequences: int, pages: int) -> int:
+    """Of a batch of so many sequences with a token each, and so many pages in all their tables."""
+    return 4 * (sequences * (TICKETS + len(_FIELDS) - 1) + 1 + pages)
+
+
+def feed(device: Device, batch: DeviceBatch, ids: cupy.ndarray) -> None:
+    """Tokens -1 - r of a batch become ids[r], int32 [R]; 0 for a failed row."""
+    device.kernel("batch", "feed")(-(-len(batch.tokens) // _THREADS), _THREADS, ids, batch.tokens, len(batch.tokens))
+
+
 def advance(device: Device, batch: DeviceBatch, ids: cupy.ndarray) -> None:
     """Make a decode batch the next step's: tokens <- ids, positions and lengths + 1; rows on page 0 stay."""
     sequences, width = batch.tables[0].shape

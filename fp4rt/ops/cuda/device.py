@@ -29,7 +29,8 @@ _UPLOAD_THREADS = 8       # as many fill the link of an H100 (PCIe 5, 50 GB/s); 
 _PIECE = 4 << 20          # bytes copied at a time through one pinned buffer: less is bound by Python's own time
 _PINNED = 16              # such buffers at most
 _RING = 1 << 20           # bytes of pinned memory for a step's own small copies
-_ROOM = 4 << 10           # bytes of pinned memory for a step's drawn ids
+_LEAST_ROOM = 4 << 10     # bytes of pinned memory that something small is fetched to: powers of two, from 1024 ids to
+_LARGEST_ROOM = 256 << 10  # as many rows' 20 likeliest ids and their log-probabilities
 
 
 class Device:
@@ -67,12 +68,13 @@ class Device:
         self._handed_over: dict[int, cupy.ndarray] = {}
         self._modules: dict[tuple, Any] = {}
         self._kernels: dict[tuple, Kernel] = {}
+        self._clusters: dict[tuple[int, int], int] = {}
         self._compiler: ThreadPoolExecutor | None = None
         self._compiling: dict[tuple, Future[Binary]] = {}
         self._rehearsed: list[tuple[str, str, dict[str, int]]] = []
         self._staging = _Staging(self)
         self._small = _SmallCopies(self)
-        self.rooms: list[tuple[PinnedMemory, cupy.cuda.Event]] = []  # of Fetched, to use again
+        self.rooms: dict[int, list[tuple[PinnedMemory, cupy.cuda.Event]]] = {}  # by size: of Fetched, to use again
 
     def __enter__(self) -> Device:
         self.driver.check(self.driver.push(self._context), "cuCtxPushCurrent")
@@ -119,6 +121,14 @@ class Device:
                                            "update the NVIDIA driver") from None
             self._modules[key] = module
         return self._modules[key]
+
+    def clusters(self, size: int, shared: int) -> int:
+        """Clusters of `size` blocks that run at once where shared memory (bytes of a block) is what limits them: fewer
+        than would fill the chip, whose parts have different numbers of SMs."""
+        if (size, shared) not in self._clusters:
+            function = self._module("order", {}).get_function("order").ptr  # one with few registers
+            self._clusters[size, shared] = self.driver.most_clusters(function, size, 256, shared)
+        return self._clusters[size, shared]
 
     # -- Memory ---------------------------------------------------------------------------------------------------
 
@@ -231,11 +241,14 @@ class Fetched:
         self._device, self._shape, self._dtype = device, array.shape, array.dtype
         self._value: np.ndarray | None = None
         # Pinning memory, and freeing it, waits for the device: what is small comes out of a pool.
-        self._small = array.nbytes <= _ROOM
-        if self._small and device.rooms:
-            self._pinned, self._done = device.rooms.pop()
+        size, self._free = array.nbytes, None
+        if size <= _LARGEST_ROOM:
+            size = max(_LEAST_ROOM, 1 << (size - 1).bit_length())
+            self._free = device.rooms.setdefault(size, [])
+        if self._free:
+            self._pinned, self._done = self._free.pop()
         else:
-            self._pinned = PinnedMemory(max(array.nbytes, _ROOM))
+            self._pinned = PinnedMemory(size)
             self._done = cupy.cuda.Event(disable_timing=True)
         if not device.planning:
             runtime.memcpyAsync(self._pinned.ptr, array.data.ptr, array.nbytes, runtime.memcpyDeviceToHost,
@@ -249,8 +262,8 @@ class Fetched:
                 self._done.synchronize()
             nbytes = int(np.prod(self._shape, dtype=np.int64)) * self._dtype.itemsize
             self._value = _view(self._pinned, nbytes).view(self._dtype).reshape(self._shape).copy()
-            if self._small:
-                self._device.rooms.append((self._pinned, self._done))
+            if self._free is not None:
+                self._free.append((self._pinned, self._done))
         return self._value
 
 

@@ -18,8 +18,8 @@ from fp4rt.ops.cuda.linear import (ACTIVATIONS, ADD_FLOAT, LAYOUTS, MANY, STORE_
 from fp4rt.ops.cuda.route import Choice
 from fp4rt.ops.cuda.tiles import FEW_TOKENS, Layout, Packed, pack
 
-_UP_WARPS, _DOWN_WARPS = 8, 16  # of a block: down's has the tiles of all of a token's slots to share
-_PAIRS = 16384                  # (token, slot) pairs in scratch memory at once
+_FEW_WARPS = 2, 4       # of a few-token block: with less than three tiles each, what a warp costs besides shows
+_PAIRS = 16384          # (token, slot) pairs in scratch memory at once
 _AHEAD = 32  # shared bytes behind the last slot that the unrolled sum of kernels/experts.cu may fetch, unused
 _THREADS = 256
 
@@ -29,10 +29,15 @@ def variants(capability: int) -> list[tuple[str, dict[str, int], int]]:
     limit = SHARED_LIMIT[capability]
     found = [("experts", {}, 4 * 4096)]
     for layout in LAYOUTS:
-        found += [(layout.stem, _few_defines(layout, warps), 0) for warps in (_UP_WARPS, _DOWN_WARPS)]
+        found += [(layout.stem, _few_defines(layout, warps), 0) for warps in _FEW_WARPS]
         found += [(layout.stem, _many_defines(layout, many, limit),
                    many.stages(layout, limit) * many.stage_bytes(layout)) for many in MANY if many.runs(layout, limit)]
     return found
+
+
+def _few_warps(packed: Packed) -> int:
+    k_tiles = -(-packed.in_features // packed.layout.tile_k)
+    return next((warps for warps in reversed(_FEW_WARPS) if 3 * warps <= k_tiles), _FEW_WARPS[0])
 
 
 def _few_defines(layout: Layout, warps: int) -> dict[str, int]:
@@ -72,8 +77,8 @@ def experts(device: Device, x: Activation, choice: Choice, up: CudaExperts, down
             residual: cupy.ndarray | None = None, deterministic: bool = False) -> Activation | cupy.ndarray:
     """sum over a token's slots of weight * down(activation(up(x))): added to the residual, or an activation [T, N].
 
-    Up to 8 tokens, or if `deterministic`: each token on its own, its experts' tiles read for it. More tokens: pairs of
-    a token and a slot are grouped by expert.
+    Up to 8 tokens, or 8 at a time if `deterministic`: an expert's tiles are read for those of them that chose it. More
+    tokens: pairs of a token and a slot are grouped by expert. A token's ids are distinct.
     """
     check_activation(activation, up.packed.gated)
     tokens, slots = choice.ids.shape
@@ -82,8 +87,8 @@ def experts(device: Device, x: Activation, choice: Choice, up: CudaExperts, down
     each_bound = down.packed.bounds(inner_bound * math.sqrt(down.in_features))[0]
     bound = choice.total * each_bound
     exponent = 0 if residual is not None else exponent_for(bound)
-    run = _each if tokens <= FEW_TOKENS or deterministic else _grouped
-    step = max(1, _PAIRS // slots)
+    few = tokens <= FEW_TOKENS or deterministic
+    run, step = (_few, FEW_TOKENS) if few else (_grouped, max(1, _PAIRS // slots))
     for rows in (slice(start, start + step) for start in range(0, tokens, step)):
         part = Activation(x.data[rows], x.exponent, x.bound, x.length)
         run(device, part, choice.ids[rows], choice.weights[rows], up.packed, down.packed, activation, inner_bound,
@@ -91,23 +96,27 @@ def experts(device: Device, x: Activation, choice: Choice, up: CudaExperts, down
     return out if residual is not None else Activation(out, exponent, bound)
 
 
-def _each(device: Device, x: Activation, ids: cupy.ndarray, weights: cupy.ndarray, up: Packed, down: Packed,
-          activation: str, inner_bound: float, each_bound: float, out: cupy.ndarray, mode: int, exponent: int) -> None:
+def _few(device: Device, x: Activation, ids: cupy.ndarray, weights: cupy.ndarray, up: Packed, down: Packed,
+         activation: str, inner_bound: float, each_bound: float, out: cupy.ndarray, mode: int, exponent: int) -> None:
     tokens, slots = ids.shape
-    pairs = tokens * slots
     x, pairs_of_x = _scaled(device, x, ids, up, slots)
-    inner = Activation(device.scratch((pairs, up.features), np.float16), exponent_for(inner_bound), inner_bound)
-    _few(device, x, ids, None, up, _UP_WARPS, pairs, 1, pairs_of_x, inner.data, STORE_HALF, activation, inner.exponent)
+    inner = Activation(device.scratch((tokens * slots, up.features), np.float16), exponent_for(inner_bound), inner_bound)
+    _launch_few(device, x, pairs_of_x == 1, ids, None, up, inner.data, STORE_HALF, activation, inner.exponent)
     inner, _ = _scaled(device, inner, ids, down, 1)
-    _few(device, inner, ids, weights, down, _DOWN_WARPS, tokens, slots, 1, out, mode, None, exponent)
+    _launch_few(device, inner, True, ids, weights, down, out, mode, None, exponent)
 
 
-def _few(device: Device, x: Activation, ids: cupy.ndarray, weights: cupy.ndarray | None, packed: Packed, warps: int,
-         outputs: int, slots: int, pairs_of_x: int, out: cupy.ndarray, mode: int, activation: str | None,
-         exponent: int) -> None:
-    kernel = device.kernel(packed.layout.stem, "few_experts", **_few_defines(packed.layout, warps))
-    kernel((outputs, packed.row_tiles), warps * 32, packed.tiles, x.data, ids, weights, slots, pairs_of_x,
-           packed.in_features, packed.row_tiles, out, *_epilogue(packed, x, mode, activation, exponent), pdl=True)
+def _launch_few(device: Device, x: Activation, row_for_each: bool, ids: cupy.ndarray, weights: cupy.ndarray | None,
+                packed: Packed, out: cupy.ndarray, mode: int, activation: str | None, exponent: int) -> None:
+    """Each expert's output to a row of its own, or with weights the sums over a token's slots. row_for_each: whether x
+    has a row for each slot of a token."""
+    layout, (tokens, slots), k = packed.layout, ids.shape, packed.in_features
+    warps = _few_warps(packed)
+    partial = None if weights is None else device.scratch((tokens, packed.row_tiles, slots, 16), np.float32)
+    device.kernel(layout.stem, "few_experts", **_few_defines(layout, warps))(
+        (packed.row_tiles, slots, tokens), warps * 32, packed.tiles, x.data, slots if row_for_each else 0, k,
+        packed.row_tiles, ids, tokens, slots, weights, partial, None if weights is None else packed.tickets, out,
+        *_epilogue(packed, x, mode, activation, exponent), pdl=True)
 
 
 def _grouped(device: Device, x: Activation, ids: cupy.ndarray, weights: cupy.ndarray, up: Packed, down: Packed,
@@ -116,7 +125,7 @@ def _grouped(device: Device, x: Activation, ids: cupy.ndarray, weights: cupy.nda
     tokens, slots = ids.shape
     pairs = tokens * slots
     x, pairs_of_x = _scaled(device, x, ids, up, slots)
-    by_warpgroups = warpgroup.runs_grouped(device, up.layout, down.layout)
+    by_warpgroups = warpgroup.runs(device, up.layout) and warpgroup.runs(device, down.layout)  # of the same blocks
     choices = (warpgroup.choose_grouped if by_warpgroups else _choose)(device, up, down, pairs)
     size = choices[0].tokens
     most_blocks = min(pairs, pairs // size + up.experts)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fp4rt.ops.cuda.device import Device
 
 _MAX_ARGUMENTS = 32
+_CLUSTER_DIMENSION = 4                  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _SHARED_WITHOUT_ASKING = 32 << 10                # static shared memory counts towards the driver's 48 KB, too
 _MAX_DYNAMIC_SHARED = 8                 # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -59,6 +60,16 @@ class Driver:
         context = ctypes.c_void_p()
         self.check(self._library.cuCtxGetCurrent(ctypes.byref(context)), "cuCtxGetCurrent")
         return context.value
+
+    def most_clusters(self, function: int, size: int, block: int, shared: int) -> int:
+        """Clusters of `size` blocks of a kernel, each of so many threads and dynamic shared bytes, that run at once."""
+        attribute = _Attribute(_CLUSTER_DIMENSION, 0, (ctypes.c_int * 16)(size, 1, 1))
+        config = _Config((size, 1, 1), (block, 1, 1), shared, None, ctypes.pointer(attribute), 1)
+        self.set_attribute(function, _MAX_DYNAMIC_SHARED, shared, "a cluster's shared memory")
+        found = ctypes.c_int()
+        self.check(self._library.cuOccupancyMaxActiveClusters(ctypes.byref(found), ctypes.c_void_p(function),
+                                                              ctypes.byref(config)), "cuOccupancyMaxActiveClusters")
+        return found.value
 
     def set_attribute(self, function: int, attribute: int, value: int, what: str) -> None:
         self.check(self._library.cuFuncSetAttribute(ctypes.c_void_p(function), attribute, value), what)

@@ -22,7 +22,7 @@ from fp4rt.ops.cuda.rms_norm import Normed
 from fp4rt.ops.cuda.tiles import FEW_TOKENS, Layout, Packed, pack, sum_bytes
 
 FUSED_NORM_TOKENS = 2  # up to which every block norms the rows itself; more are faster normed once
-UNDIVIDED, WHOLE, SHARED, PAIRED = range(4)  # enum Division in kernels/linear.cuh
+UNDIVIDED, WHOLE, SHARED = range(3)  # enum Division in kernels/linear.cuh
 STORE_HALF, STORE_FLOAT, ADD_FLOAT, STORE_ORDERED, STORE_INTERLEAVED = range(5)  # enum Output in kernels/linear.cuh
 _NO_NORM = None, 0.0, 0.0
 _RESERVED = 1024  # bytes of shared memory that a block has beyond its own
@@ -86,8 +86,7 @@ def variants(capability: int) -> list[tuple[str, dict[str, int], int]]:
     limit = SHARED_LIMIT[capability]
     found = [("scale_columns", {}, 0)]
     for layout in LAYOUTS:
-        found += [(layout.stem, layout.few_defines(limit, division), 0) for division in range(4)
-                  if division != PAIRED or capability >= 90]
+        found += [(layout.stem, layout.few_defines(limit, division), 0) for division in (UNDIVIDED, WHOLE, SHARED)]
         found += [(layout.stem, many.defines(layout, limit), many.stages(layout, limit) * many.stage_bytes(layout))
                   for many in MANY if many.runs(layout, limit)]
     return found
@@ -166,7 +165,9 @@ def linear(device: Device, x: Activation | Normed, weight: CudaLinear, *, activa
         out = device.scratch((tokens, weight.out_features), np.float16)
         device.kernel("scale_columns", "multiply_halves")(tokens, 256, both, out, weight.out_features,
                                                           ACTIVATIONS[activation], 2.0**inner, 2.0**-exponent, pdl=True)
-    elif then is not None and not deterministic and _hands_over(device, tokens, weight, then):
+    elif (then is not None and not deterministic and len(weight.groups) == 1
+          and warpgroup.runs(device, weight.groups[0].layout)
+          and takes_ordered(device, tokens, weight.out_features, then)):
         ordered = warpgroup.Ordered.empty(device, (tokens, weight.out_features), then.groups[0].layout.interleaved)
         _launch(device, x, weight.groups[0], ordered.data, ordered_mode(ordered), activation, exponent, deterministic)
         return Activation(None, exponent, bound, ordered=ordered)
@@ -182,10 +183,10 @@ def ordered_mode(out: warpgroup.Ordered) -> int:
     return STORE_INTERLEAVED if out.interleaved else STORE_ORDERED
 
 
-def _hands_over(device: Device, tokens: int, weight: CudaLinear, then: CudaLinear) -> bool:
-    return (tokens > FEW_TOKENS and weight.out_features % warpgroup.WHOLE == 0 and then.groups[0].prescale is None
-            and all(len(linear.groups) == 1 and warpgroup.runs(device, linear.groups[0].layout)
-                    for linear in (weight, then)))
+def takes_ordered(device: Device, tokens: int, features: int, then: CudaLinear) -> bool:
+    """Whether a linear would order [tokens, features] first: then whoever writes them may do so."""
+    return (tokens > FEW_TOKENS and features % warpgroup.WHOLE == 0 and len(then.groups) == 1
+            and then.groups[0].prescale is None and warpgroup.runs(device, then.groups[0].layout))
 
 
 def check_activation(activation: str | None, gated: bool) -> None:
@@ -224,7 +225,7 @@ def _launch(device: Device, x: Activation | Normed, group: Packed, out: cupy.nda
         ordered = x.ordered(device, group.layout.interleaved)
         x = Activation(None, x.exponent, x.row_length(), x.row_length(), ordered=ordered)
     if isinstance(x, Normed) and (tokens > FUSED_NORM_TOKENS or group.prescale is not None
-                                  or few_plan(group.layout, device.shared_limit, tokens, k, device.has_pdl).parts > 1):
+                                  or few_plan(group.layout, device.shared_limit, tokens, k).parts > 1):
         x = x.computed(device)
     if group.prescale is not None:
         x = _prescaled(device, x, group)
@@ -251,7 +252,7 @@ def _launch(device: Device, x: Activation | Normed, group: Packed, out: cupy.nda
 
 def _few(device: Device, x: cupy.ndarray, group: Packed, out: cupy.ndarray, norm: tuple, epilogue: tuple) -> None:
     tokens, k = x.shape
-    how = few_plan(group.layout, device.shared_limit, tokens, k, device.has_pdl)
+    how = few_plan(group.layout, device.shared_limit, tokens, k)
     defines = group.layout.few_defines(device.shared_limit, how.division)
     warps, shared = defines["FEW_WARPS"], how.shared
     # One block of 16 warps leaves an SM's other half to the kernel that follows; smaller ones share an SM, and so do
@@ -263,10 +264,8 @@ def _few(device: Device, x: cupy.ndarray, group: Packed, out: cupy.ndarray, norm
         # More than half of an SM's: where kernels follow each other closely, two blocks of one must not share an SM
         # while another SM has none.
         shared = max(shared, device.shared_limit // 2 + _RESERVED)
-    sharing = how.parts if how.division in (SHARED, PAIRED) else 1
-    handed_over = None
-    if how.division == SHARED:
-        handed_over = device.handed_over(group.row_tiles * (sharing - 1) * FEW_TOKENS * 16)
+    sharing = how.parts if how.division == SHARED else 1
+    handed_over = device.handed_over(group.row_tiles * (sharing - 1) * FEW_TOKENS * 16) if sharing > 1 else None
     device.kernel(group.layout.stem, "few", **defines)(
         sharing * min(group.row_tiles, device.sm_count * blocks // sharing), warps * 32, group.tiles, x, tokens, k,
         group.row_tiles, how.parts, handed_over, *norm, out, *epilogue, shared=shared, pdl=True)
@@ -282,26 +281,22 @@ class FewPlan:
     shared: int
 
 
-def few_plan(layout: Layout, shared_limit: int, tokens: int, k: int, pairs: bool) -> FewPlan:
-    """As many parts as eight tokens need, whatever the tokens: they say in which order a result is summed.
-
-    pairs: whether the chip has clusters of blocks.
-    """
+def few_plan(layout: Layout, shared_limit: int, tokens: int, k: int) -> FewPlan:
+    """As many parts as eight tokens need, whatever the tokens: they say in which order a result is summed."""
     defines = layout.few_defines(shared_limit)
     warps, k_tiles = defines["FEW_WARPS"], -(-k // layout.tile_k)
     ring = warps * defines["FEW_DEPTH"] * layout.tile_bytes
 
     def shared(parts: int, held: int, tokens: int) -> int:
         tiles = -(-k_tiles // (parts // held))
-        inbox = tokens * 16 * 8 if pairs and parts == 2 and held == 1 else 0
-        return ring + tiles * tokens * layout.tile_k * 2 + held * sum_bytes(warps, tokens) + inbox
+        return ring + tiles * tokens * layout.tile_k * 2 + held * sum_bytes(warps, tokens)
 
     parts = 1
     while shared(parts, 1, FEW_TOKENS) > shared_limit:
         parts *= 2
     if shared(parts, parts, tokens) <= shared_limit:
         return FewPlan(WHOLE if parts > 1 else UNDIVIDED, parts, shared(parts, parts, tokens))
-    return FewPlan(PAIRED if pairs and parts == 2 else SHARED, parts, shared(parts, 1, tokens))
+    return FewPlan(SHARED, parts, shared(parts, 1, tokens))
 
 
 def choose_many(device: Device, group: Packed, token_blocks: Callable[[ManyTokens], float],

@@ -1,7 +1,8 @@
-"""Each token's experts and their weights, from a router's logits."""
+"""Routers: each token's experts and their weights, from the residual stream or an activation."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import cupy
@@ -9,14 +10,21 @@ import numpy as np
 
 from fp4rt.errors import Fp4rtError
 from fp4rt.ops import Routing
-from fp4rt.ops.cuda.device import SHARED_LIMIT, Device
+from fp4rt.ops.cuda.activation import Activation
+from fp4rt.ops.cuda.dense_linear import DENSE, DENSE_F32
+from fp4rt.ops.cuda.device import Device
+from fp4rt.ops.cuda.linear import CudaLinear, linear
+from fp4rt.ops.cuda.rms_norm import Norm, Normed
+from fp4rt.ops.cuda.tiles import FEW_TOKENS, Packed
 
-_MOST_EXPERTS = 4096  # whose scores fit shared memory everywhere
+_MOST_EXPERTS = 4096                # whose scores fit shared memory everywhere
+_FEW_SHARED = 60 << 10              # bytes of it that a block of `route_few` may have, everywhere
+_PARTS, _THREADS = 8, 256           # blocks of `route_few` for a token; of any block, as in kernels/route.cu
 
 
 def variants(capability: int) -> list[tuple[str, dict[str, int], int]]:
     """Every (stem, defines, dynamic shared bytes) that this module may launch on an architecture."""
-    return [("route", {}, min(_shared(_MOST_EXPERTS, _MOST_EXPERTS), SHARED_LIMIT[capability]))]
+    return [("route", {"WEIGHT_PLANES": layout.planes}, _FEW_SHARED) for layout in (DENSE, DENSE_F32)]
 
 
 @dataclass(frozen=True)
@@ -29,11 +37,15 @@ class Vector:
 
 @dataclass(frozen=True)
 class Choice:
-    """ids int32 and weights float32 [T, k]. total: what the magnitudes of a token's weights cannot add up to more than."""
+    """ids int32 and weights float32 [T, k]. total: what the magnitudes of a token's weights cannot add up to more than.
+
+    normed: the router's rows behind a norm, computed on the way, for experts that take them so.
+    """
 
     ids: cupy.ndarray
     weights: cupy.ndarray
     total: float
+    normed: Normed | None = None
 
 
 def vector(device: Device, values: np.ndarray) -> Vector:
@@ -41,23 +53,68 @@ def vector(device: Device, values: np.ndarray) -> Vector:
     return Vector(device.upload(values), float(np.abs(values).max()))
 
 
-def route(device: Device, logits: cupy.ndarray, routing: Routing, correction: Vector | None,
-          expert_scale: Vector | None) -> Choice:
-    """The choices of a router's logits, float32 [T, E]; correction and expert_scale [E]."""
-    tokens, experts, top_k = logits.shape[0], routing.num_experts, routing.top_k
+def route(device: Device, x: cupy.ndarray | Activation, router: CudaLinear, routing: Routing, norm: Norm | None,
+          correction: Vector | None, expert_scale: Vector | None, experts_norm: Norm | None,
+          deterministic: bool) -> Choice:
+    """The choices of a router for x [T, K], which a norm takes in float32; correction and expert_scale [E].
+
+    experts_norm: what stands before the experts.
+
+    Up to 8 tokens, or if `deterministic`, one launch norms, multiplies and chooses.
+    """
+    experts, top_k = routing.num_experts, routing.top_k
     if experts > _MOST_EXPERTS:
         raise Fp4rtError("device", f"the CUDA backend routes to at most {_MOST_EXPERTS} experts and this model has "
                                    f"{experts}; use device='cpu'")
+    packed, tokens = router.groups[0], x.shape[0] if norm else x.data.shape[0]
     ids, weights = device.scratch((tokens, top_k), np.int32), device.scratch((tokens, top_k), np.float32)
-    device.kernel("route", "route")(
-        tokens, 32, logits, correction and correction.data, expert_scale and expert_scale.data, ids, weights, experts,
-        top_k, int(routing.scoring == "sigmoid"), int(routing.normalize), float(routing.scaling), routing.groups,
-        routing.groups_kept, shared=_shared(experts, routing.groups), pdl=True)
+    rule = (correction and correction.data, expert_scale and expert_scale.data, experts, top_k,
+            int(routing.scoring == "sigmoid"), int(routing.normalize), float(routing.scaling), routing.groups,
+            routing.groups_kept)
+    normed = None
+    if (norm and packed.layout in (DENSE, DENSE_F32) and packed.prescale is None
+            and _few_shared(packed, routing) <= _FEW_SHARED and (tokens <= FEW_TOKENS or deterministic)):
+        normed = Normed(x, experts_norm)
+        _few(device, normed, packed, norm, ids, weights, rule, _few_shared(packed, routing))
+    else:
+        if norm:
+            normed = Normed(x, norm)  # of use to the experts if theirs is the same
+            x = normed.computed(device)
+        logits = linear(device, x, router, logits=True, deterministic=deterministic)
+        device.kernel("route", "route", WEIGHT_PLANES=1)(tokens, _THREADS, logits, ids, weights, *rule,
+                                                         shared=_shared(routing), pdl=True)
     # Scores are positive; those of a softmax add up to 1, those of a sigmoid are at most 1 each.
     total = 1.0 if routing.normalize or routing.scoring == "softmax" else top_k
-    return Choice(ids, weights, 1.001 * total * abs(routing.scaling) * (expert_scale.largest if expert_scale else 1.0))
+    total *= 1.001 * abs(routing.scaling) * (expert_scale.largest if expert_scale else 1.0)
+    return Choice(ids, weights, total, normed)
 
 
-def _shared(experts: int, groups: int) -> int:
-    """Scores, ranks, groups: float32."""
-    return 4 * (2 * experts + groups)
+def _few(device: Device, x: Normed, packed: Packed, norm: Norm, ids: cupy.ndarray, weights: cupy.ndarray, rule: tuple,
+         shared: int) -> None:
+    """The choices behind `norm`, and what x computes."""
+    y, k = x.room(device), x.shape[1]
+    kernel = device.kernel("route", "route_few", WEIGHT_PLANES=packed.layout.planes)
+    step = packed.tickets.size
+    for rows in (slice(start, start + step) for start in range(0, x.shape[0], step)):
+        given = x.x[rows]
+        tokens = given.shape[0]
+        partial = None if device.has_pdl else device.scratch((tokens, _partial(packed)), np.float32)
+        kernel((_PARTS, tokens), _THREADS, given, k, norm.weight, norm.eps, x.norm.weight, x.norm.eps,
+               math.ldexp(1.0, -x.exponent), y.data[rows], packed.tiles, packed.row_scale, packed.bias,
+               packed.row_tiles, partial, packed.tickets, ids[rows], weights[rows], *rule, shared=shared, pdl=True)
+
+
+def _partial(packed: Packed) -> int:
+    """Floats of a token's parts: logits for each of the warps that share a row tile, and squares."""
+    return _PARTS * (max(1, _THREADS // 32 // packed.row_tiles) * packed.row_tiles * 16 + 1)
+
+
+def _few_shared(packed: Packed, routing: Routing) -> int:
+    """A part's columns, all parts, and what a choice takes: 4 bytes each."""
+    tiles = -(-packed.in_features // (packed.layout.tile_k * _PARTS))
+    return 4 * (tiles * packed.layout.tile_k + _partial(packed)) + _shared(routing)
+
+
+def _shared(routing: Routing) -> int:
+    """Scores, ranks, groups and the chosen: 4 bytes each."""
+    return 4 * (2 * routing.num_experts + routing.groups + routing.top_k)

@@ -113,6 +113,11 @@ class Packed:
     _largest_bias: tuple[float, ...]
     _bounds: dict[str, Any] = field(default_factory=dict)
 
+    @functools.cached_property
+    def tickets(self) -> cupy.ndarray:
+        """int32 [FEW_TOKENS * row tiles], for blocks that share an output to count each other; zero between kernels."""
+        return self.device.zeros(FEW_TOKENS * self.row_tiles, np.int32)
+
     @property
     def nbytes(self) -> int:
         return sum(a.nbytes for a in (self.tiles, self.row_scale, self.bias, self.prescale) if a is not None)

@@ -10,7 +10,6 @@ import numpy as np
 from fp4rt.ops.cuda.device import SHARED_LIMIT, Device
 from fp4rt.ops.cuda.tiles import Layout, Packed
 
-GROUPED = False    # whether experts' linears run as warpgroup products too
 WHOLE = 128        # columns of the longest tile: what is a multiple of it has no tail in any layout
 _THREADS = 384     # two warpgroups that compute and one that brings
 _TOKENS, _STEPS = 64, 4  # of a block of the `order` kernel: each thread takes 32 columns of a token
@@ -20,8 +19,9 @@ _TOKENS, _STEPS = 64, 4  # of a block of the `order` kernel: each thread takes 3
 class Warpgroups:
     """A variant of kernels/linear_wgmma.cuh: rows and tokens of a block's tile; blocks, a cluster, that share its K.
 
-    alone, shared: microseconds for 128 columns where a block has an SM to itself, and where two share one: measured on
-    an H100 with the NVFP4 linears of Llama-3.1-8B. Blocks of many sums have an SM to themselves.
+    alone, shared: microseconds for 128 columns where a block has an SM to itself, and where two share one (so do those
+    of larger clusters, however many there are): measured on an H100 with the NVFP4 linears of Llama-3.1-8B. Blocks of
+    many sums have an SM to themselves.
     """
 
     rows: int
@@ -56,38 +56,33 @@ class Warpgroups:
     def tiles(self, group: Packed, token_blocks: int) -> int:
         return token_blocks * -(-group.row_tiles * 16 // self.rows)
 
-    def places(self, device: Device) -> int:
-        """Blocks that run at once. Larger clusters leave some SMs of a part of the chip without one."""
-        places = device.sm_count * self.blocks
-        if self.split > 2:
-            places = int(places * (0.97 if self.blocks == 2 else 0.91))
-        return places // self.split * self.split
+    def places(self, device: Device, layout: Layout) -> int:
+        """Tiles that are computed at once."""
+        if self.split == 1:
+            return device.sm_count * self.blocks
+        return device.clusters(self.split, self.shared_bytes(layout))
 
     def time(self, device: Device, group: Packed, token_blocks: int) -> float:
         """Microseconds that a call takes, apart from what all variants need."""
-        blocks = self.tiles(group, token_blocks) * self.split
-        waves = -(-blocks // self.places(device))
-        each = self.shared if blocks > device.sm_count else self.alone
-        return waves * -(-group.in_features // (128 * self.split)) * each + _SPLIT_TIME[self.split]
+        tiles = self.tiles(group, token_blocks)
+        waves = -(-tiles // self.places(device, group.layout))
+        each = self.shared if self.split > 2 or tiles * self.split > device.sm_count else self.alone
+        adding = 1 + 0.3 * self.split if self.split > 1 else 0
+        return waves * -(-group.in_features // (128 * self.split)) * each + adding
 
 
 _EXPERTS = {"EXPERTS": 1}
-_SPLIT_TIME = {1: 0.0, 2: 1.5, 4: 3.0, 8: 4.0}  # microseconds for adding up a cluster's sums
+_SPLITS = 1, 2, 4, 5, 7  # an H100 holds 132, 66, 47 and 32 clusters of blocks that share SMs, and only 30 of eight
 VARIANTS = (*(Warpgroups(256, 128, split, 1.35, 1.35) for split in (1, 2, 4)),
             *(Warpgroups(128, 128, split, 0.72, 0.72) for split in (1, 2)),
             *(Warpgroups(128, tokens, split, alone, shared)
               for tokens, alone, shared in ((64, 0.5, 0.8), (32, 0.42, 0.62), (16, 0.4, 0.55))
-              for split in (1, 2, 4, 8)))
+              for split in _SPLITS))
 
 
 def runs(device: Device, layout: Layout) -> bool:
     """Sums per scale block would need a second set of accumulators, and a second plane a second set of weights."""
     return device.arch == "sm_90a" and _runs(layout)
-
-
-def runs_grouped(device: Device, up: Layout, down: Layout) -> bool:
-    """Both linears of a mixture, whose blocks of pairs are the same."""
-    return GROUPED and runs(device, up) and runs(device, down)
 
 
 def _runs(layout: Layout) -> bool:
@@ -154,7 +149,7 @@ def launch(device: Device, x: Ordered, group: Packed, out: cupy.ndarray, epilogu
     variant = choose(device, group, tokens)
     blocks = variant.tiles(group, -(-tokens // variant.tokens)) * variant.split
     if variant.split == 1:
-        blocks = min(blocks, variant.places(device))  # each goes through several tiles
+        blocks = min(blocks, variant.places(device, group.layout))  # each goes through several tiles
     device.kernel(group.layout.stem, "many_warpgroups", **variant.defines(group.layout))(
         blocks, _THREADS, group.tiles, x.data, tokens, x.padded, k, group.row_tiles, out, *epilogue,
         shared=variant.shared_bytes(group.layout), pdl=True)
@@ -174,7 +169,7 @@ def order_grouped(device: Device, x: cupy.ndarray, rows: cupy.ndarray | None, bl
 def launch_grouped(device: Device, x: Ordered, blocks: cupy.ndarray, packed: Packed, variant: Warpgroups,
                    out: cupy.ndarray, epilogue: tuple) -> None:
     """Each pair's x @ W^T of its expert."""
-    grid = min(variant.tiles(packed, blocks.shape[0]), variant.places(device))
+    grid = min(variant.tiles(packed, blocks.shape[0]), variant.places(device, packed.layout))
     device.kernel(packed.layout.stem, "many_experts_warpgroups", **_EXPERTS, **variant.defines(packed.layout))(
         grid, _THREADS, packed.tiles, x.data, blocks, blocks.shape[0], x.padded, packed.in_features, packed.row_tiles,
         out, *epilogue, shared=variant.shared_bytes(packed.layout), pdl=True)

@@ -126,9 +126,9 @@ __device__ __forceinline__ void multiply(float (&acc)[N][4], const typename Tile
 // The columns of a weight are divided into parts where a block's shared memory does not hold them for eight tokens:
 // column tile kt is of part kt % parts, its warp is kt / parts % WARPS, the warps' sums are added up part by part, and
 // then the parts' sums. Few enough tokens: a block takes all parts (WHOLE). Otherwise, as many blocks as parts share
-// each row tile (SHARED). They take turns to write one; the others hand their sums over through memory, each with a mark
-// beside it. They are on the chip at the same time: all blocks of the grid find places there, and later kernels start
-// none before these have.
+// each row tile (SHARED). They take turns to write one; the others hand their sums over through memory, each with a
+// mark beside it. They are on the chip at the same time: all blocks of the grid find places there, and later kernels
+// start none before these have.
 //
 // Dynamic shared memory: rings [WARPS][DEPTH][Tile::BYTES]; activations [column tiles of a block][tokens][Tile::K]
 // halves; sums [2][parts of a block][WARPS][tokens][SUM_STRIDE] floats.

@@ -230,6 +230,7 @@ class Device:
             self._kernels.clear()
             self._modules.clear()
             self._compiling.clear()
+            self._handed_over.clear()
             self._scratch.close()
             self.memory.close()
 

@@ -136,6 +136,7 @@ def linear_weight(device: Device, parts: Sequence[Weight], *, gated: bool = Fals
     packed = []
     for group in groups:
         packed.append(pack(device, [[parts[i] for i in group]], chosen[group[0]][0], gated and len(group) == 2))
+        _handed_over(device, packed[-1], FEW_TOKENS)  # now, and not when the cache has taken the memory
     return CudaLinear(packed, gated, "; ".join(dict.fromkeys(reason for _, reason in chosen)))
 
 
@@ -265,10 +266,15 @@ def _few(device: Device, x: cupy.ndarray, group: Packed, out: cupy.ndarray, norm
         # while another SM has none.
         shared = max(shared, device.shared_limit // 2 + _RESERVED)
     sharing = how.parts if how.division == SHARED else 1
-    handed_over = device.handed_over(group.row_tiles * (sharing - 1) * FEW_TOKENS * 16) if sharing > 1 else None
     device.kernel(group.layout.stem, "few", **defines)(
         sharing * min(group.row_tiles, device.sm_count * blocks // sharing), warps * 32, group.tiles, x, tokens, k,
-        group.row_tiles, how.parts, handed_over, *norm, out, *epilogue, shared=shared, pdl=True)
+        group.row_tiles, how.parts, _handed_over(device, group, tokens), *norm, out, *epilogue, shared=shared, pdl=True)
+
+
+def _handed_over(device: Device, group: Packed, tokens: int) -> cupy.ndarray | None:
+    """Where blocks that share row tiles meet, if they do for so many tokens."""
+    how = few_plan(group.layout, device.shared_limit, tokens, group.in_features)
+    return device.handed_over(group.row_tiles * (how.parts - 1) * FEW_TOKENS * 16) if how.division == SHARED else None
 
 
 @dataclass(frozen=True)

@@ -18,18 +18,32 @@ template <int WARPS> __device__ __forceinline__ float block_sum(float value, flo
     return total;
 }
 
-// This warp's share of a row's sum of squares, in all its lanes.
-template <int BLOCK> __device__ __forceinline__ float warp_squares(const float* x, int d) {
+// This warp's share of each row's sum of squares, in all its lanes. A row is d floats, or null. The rows' loads are
+// under way at the same time; a row's result does not depend on the others.
+template <int BLOCK, int ROWS>
+__device__ __forceinline__ void warp_squares(float (&squares)[ROWS], const float* const (&rows)[ROWS], int d) {
     const int quads = d % 4 ? 0 : d / 4;  // rows of other sizes are not aligned to 16 bytes
-    float squares = 0;
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) squares[r] = 0.0f;
 #pragma unroll 2
     for (int i = threadIdx.x; i < quads; i += BLOCK) {
-        const float4 v = reinterpret_cast<const float4*>(x)[i];
-        squares = fmaf(v.x, v.x, fmaf(v.y, v.y, fmaf(v.z, v.z, fmaf(v.w, v.w, squares))));
+        float4 v[ROWS];
+#pragma unroll
+        for (int r = 0; r < ROWS; r++)
+            v[r] = rows[r] ? reinterpret_cast<const float4*>(rows[r])[i] : make_float4(0, 0, 0, 0);
+#pragma unroll
+        for (int r = 0; r < ROWS; r++)
+            squares[r] = fmaf(v[r].x, v[r].x, fmaf(v[r].y, v[r].y, fmaf(v[r].z, v[r].z, fmaf(v[r].w, v[r].w,
+                              squares[r]))));
     }
 #pragma unroll 1
-    for (int i = 4 * quads + threadIdx.x; i < d; i += BLOCK) squares = fmaf(x[i], x[i], squares);
-    return warp_sum(squares);
+    for (int i = 4 * quads + threadIdx.x; i < d; i += BLOCK) {
+#pragma unroll
+        for (int r = 0; r < ROWS; r++)
+            if (rows[r]) squares[r] = fmaf(rows[r][i], rows[r][i], squares[r]);
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) squares[r] = warp_sum(squares[r]);
 }
 
 // What a row is divided by, from its warps' squares, `stride` apart.

@@ -103,7 +103,8 @@ LINEAR = [
     *[LinearCase(t, (("NVFP4", 64), ("FP8", 32), ("BF16", 32)), 160, norm=True, bias=True) for t in (1, 6, 20)],
     *[LinearCase(t, (("NVFP4", 80), ("BF16", 80)), 64, gated=True, norm=True) for t in (1, 20)],
     *[LinearCase(t, (("NVFP4", 1040), ), 2048, norm=True) for t in (1, 4, 8, 128)],
-    *[LinearCase(8, (("NVFP4", 48), ), k, residual=True, bias=True) for k in (14336, 8992)],  # columns split
+    *[LinearCase(8, (("NVFP4", 48), ), k, residual=True, bias=True) for k in (14336, 8992)],  # blocks share rows
+    *[LinearCase(t, (("NVFP4", 1700), ), 14336) for t in (1, 3, 8)],                          # and take turns to write
     *[LinearCase(t, (("BF16", 323), ), 112, norm=True) for t in (1, 12)],                      # odd vocabulary, K % 16
     *[LinearCase(t, (("BF16", 50), ), 99) for t in (1, 12)],                                   # odd K
     *[LinearCase(t, (("MXFP4", 100), ), 416) for t in (1, 3, 8, 9, 70)],

@@ -10,8 +10,10 @@ import pytest
 pytest.importorskip("cupy_backends.cuda.libs.nvrtc")
 
 from fp4rt.errors import Fp4rtError  # noqa: E402
+from fp4rt.ops.cuda import linear  # noqa: E402
 from fp4rt.ops.cuda import compile as compiling  # noqa: E402
 from fp4rt.ops.cuda.device import SHARED_LIMIT  # noqa: E402
+from fp4rt.ops.cuda.tiles import Layout  # noqa: E402
 
 ARCHITECTURES = {"sm_75": 75, "sm_80": 80, "sm_86": 86, "sm_89": 89, "sm_90a": 90}
 
@@ -38,6 +40,17 @@ def test_compiles_without_spills_within_shared_memory(variant: tuple):
     for entry, resources in binary.resources.items():
         assert resources.spill_bytes == 0 and resources.stack_bytes == 0, f"{entry}: {resources}"
         assert resources.shared_bytes + dynamic <= SHARED_LIMIT[ARCHITECTURES[arch]], f"{entry}: {resources}"
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES.values())
+@pytest.mark.parametrize("layout", linear.LAYOUTS, ids=lambda layout: f"{layout.stem}-{layout.tile_bytes}")
+def test_few_tokens_fit_shared_memory_and_are_summed_in_one_order(capability: int, layout: Layout):
+    limit = SHARED_LIMIT[capability]
+    for k in (64, 2880, 4096, 14336, 28672, 53248):
+        plans = [linear.few_plan(layout, limit, tokens, k) for tokens in range(1, 9)]
+        assert len({plan.parts for plan in plans}) == 1 and all(plan.shared <= limit for plan in plans)
+        alone = [plan.division in (linear.UNDIVIDED, linear.WHOLE) for plan in plans]
+        assert alone == sorted(alone, reverse=True)
 
 
 @pytest.mark.parametrize("arch", ["compute_75", "compute_80", "compute_90"])

@@ -139,6 +139,19 @@ def test_a_row_in_any_company_up_to_eight_gives_the_same_bits(ops, case: LinearC
         np.testing.assert_array_equal(values(ops, part), together[8 - count:])
 
 
+def test_blocks_that_share_rows_leave_nothing_behind(ops):
+    case = LinearCase(8, (("NVFP4", 1700),), 14336)
+    parts, x, *_ = case.build()
+    weight, given = ops.linear_weight(parts), activation(ops, x)
+    replay = ops.record(lambda: [ops.linear(given, weight) for _ in range(20)])
+    first, *others = replay()
+    first = values(ops, first)
+    for other in others:
+        np.testing.assert_array_equal(values(ops, other), first)
+    for buffer in ops.gpu._handed_over.values():
+        assert not ops.fetch(buffer).result().any()
+
+
 @pytest.mark.parametrize("kind", ["NVFP4", "FP8", "BF16"])
 def test_nothing_overflows_however_large_the_weights(ops, kind: str):
     from cases import make_weight

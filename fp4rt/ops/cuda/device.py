@@ -65,6 +65,7 @@ class Device:
         self.budget = Budget(self.id, gpu_memory)
         self.memory = Arena(self.budget, "the model", slabs=True)
         self._scratch = Arena(self.budget, "one step's work")
+        self._handed_over: dict[int, cupy.ndarray] = {}
         self._modules: dict[tuple, Any] = {}
         self._kernels: dict[tuple, Kernel] = {}
         self._clusters: dict[tuple[int, int], int] = {}
@@ -161,6 +162,12 @@ class Device:
         runtime.memsetAsync(array.data.ptr, 0, array.nbytes, self.stream.ptr)
         return array
 
+    def handed_over(self, count: int) -> cupy.ndarray:
+        """uint64 [count], zero between kernels: through which blocks of one kernel meet. It lasts and is shared."""
+        if count not in self._handed_over:
+            self._handed_over[count] = self.zeros(count, np.uint64)
+        return self._handed_over[count]
+
     # -- Copies ---------------------------------------------------------------------------------------------------
 
     def upload(self, host: np.ndarray, into: cupy.ndarray | None = None) -> cupy.ndarray:
@@ -223,6 +230,7 @@ class Device:
             self._kernels.clear()
             self._modules.clear()
             self._compiling.clear()
+            self._handed_over.clear()
             self._scratch.close()
             self.memory.close()
 

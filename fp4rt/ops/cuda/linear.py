@@ -22,8 +22,10 @@ from fp4rt.ops.cuda.rms_norm import Normed
 from fp4rt.ops.cuda.tiles import FEW_TOKENS, Layout, Packed, pack, sum_bytes
 
 FUSED_NORM_TOKENS = 2  # up to which every block norms the rows itself; more are faster normed once
+UNDIVIDED, WHOLE, SHARED = range(3)  # enum Division in kernels/linear.cuh
 STORE_HALF, STORE_FLOAT, ADD_FLOAT, STORE_ORDERED, STORE_INTERLEAVED = range(5)  # enum Output in kernels/linear.cuh
 _NO_NORM = None, 0.0, 0.0
+_RESERVED = 1024  # bytes of shared memory that a block has beyond its own
 ACTIVATIONS = {None: 0, "relu2": 1, "silu": 2, "gelu_tanh": 3, "swiglu_oai": 4}  # enum in kernels/activation.cuh
 
 
@@ -84,8 +86,7 @@ def variants(capability: int) -> list[tuple[str, dict[str, int], int]]:
     limit = SHARED_LIMIT[capability]
     found = [("scale_columns", {}, 0)]
     for layout in LAYOUTS:
-        few = _few_plan(layout, limit, FEW_TOKENS, 1 << 20).shared
-        found += [(layout.stem, _few_defines(layout, limit, halved), few) for halved in (False, True)]
+        found += [(layout.stem, layout.few_defines(limit, division), 0) for division in (UNDIVIDED, WHOLE, SHARED)]
         found += [(layout.stem, many.defines(layout, limit), many.stages(layout, limit) * many.stage_bytes(layout))
                   for many in MANY if many.runs(layout, limit)]
     return found
@@ -135,6 +136,7 @@ def linear_weight(device: Device, parts: Sequence[Weight], *, gated: bool = Fals
     packed = []
     for group in groups:
         packed.append(pack(device, [[parts[i] for i in group]], chosen[group[0]][0], gated and len(group) == 2))
+        _handed_over(device, packed[-1], FEW_TOKENS)  # now, and not when the cache has taken the memory
     return CudaLinear(packed, gated, "; ".join(dict.fromkeys(reason for _, reason in chosen)))
 
 
@@ -224,7 +226,7 @@ def _launch(device: Device, x: Activation | Normed, group: Packed, out: cupy.nda
         ordered = x.ordered(device, group.layout.interleaved)
         x = Activation(None, x.exponent, x.row_length(), x.row_length(), ordered=ordered)
     if isinstance(x, Normed) and (tokens > FUSED_NORM_TOKENS or group.prescale is not None
-                                  or not _few_plan(group.layout, device.shared_limit, tokens, k).resident):
+                                  or few_plan(group.layout, device.shared_limit, tokens, k).parts > 1):
         x = x.computed(device)
     if group.prescale is not None:
         x = _prescaled(device, x, group)
@@ -251,61 +253,56 @@ def _launch(device: Device, x: Activation | Normed, group: Packed, out: cupy.nda
 
 def _few(device: Device, x: cupy.ndarray, group: Packed, out: cupy.ndarray, norm: tuple, epilogue: tuple) -> None:
     tokens, k = x.shape
-    how = _few_plan(group.layout, device.shared_limit, tokens, k)
-    defines = _few_defines(group.layout, device.shared_limit, how.half > 0)
-    warps = defines["FEW_WARPS"]
+    how = few_plan(group.layout, device.shared_limit, tokens, k)
+    defines = group.layout.few_defines(device.shared_limit, how.division)
+    warps, shared = defines["FEW_WARPS"], how.shared
     # One block of 16 warps leaves an SM's other half to the kernel that follows; smaller ones share an SM, and so do
     # those of a long gated pair, whose arithmetic they speed up by more than the next kernel's early start is worth. As
     # many blocks as places: those that an uneven number left free would go to two blocks of the kernel that follows.
-    blocks = 1 if warps == 16 and not (group.gated and tokens <= 2) else min(defines["FEW_BLOCKS"],
-                                                                             device.shared_limit // how.shared)
-    slots = device.sm_count * max(1, blocks)
-    if how.split:
-        partial = device.scratch((group.row_tiles, 2, warps, tokens, 16), np.float32)
-        device.kernel(group.layout.stem, "few_split", **defines)(
-            2 * min(group.row_tiles, slots // 2), warps * 32, group.tiles, x, tokens, k, group.row_tiles, how.half,
-            partial, group.tickets, out, *epilogue, shared=how.shared, pdl=True)
-        return
-    shared = how.shared
-    if device.has_pdl and epilogue[4] == ADD_FLOAT:
-        # More than half of an SM's: two blocks of one kernel must not share an SM while another has none, and every
-        # other linear of a layer adds to the residual stream, so that those between find these on every SM.
-        shared = max(shared, device.shared_limit // 2 + 1024)
+    blocks = 1 if warps == 16 and not (group.gated and tokens <= 2) else max(1, min(
+        defines["FEW_BLOCKS"], (device.shared_limit + _RESERVED) // (shared + _RESERVED)))
+    if device.has_pdl and blocks == 1:
+        # More than half of an SM's: where kernels follow each other closely, two blocks of one must not share an SM
+        # while another SM has none.
+        shared = max(shared, device.shared_limit // 2 + _RESERVED)
+    sharing = how.parts if how.division == SHARED else 1
     device.kernel(group.layout.stem, "few", **defines)(
-        min(group.row_tiles, slots), warps * 32, group.tiles, x, tokens, k, group.row_tiles, how.resident, how.half,
-        *norm, out, *epilogue, shared=shared, pdl=True)
+        sharing * min(group.row_tiles, device.sm_count * blocks // sharing), warps * 32, group.tiles, x, tokens, k,
+        group.row_tiles, how.parts, _handed_over(device, group, tokens), *norm, out, *epilogue, shared=shared, pdl=True)
+
+
+def _handed_over(device: Device, group: Packed, tokens: int) -> cupy.ndarray | None:
+    """Where blocks that share row tiles meet, if they do for so many tokens."""
+    how = few_plan(group.layout, device.shared_limit, tokens, group.in_features)
+    return device.handed_over(group.row_tiles * (how.parts - 1) * FEW_TOKENS * 16) if how.division == SHARED else None
 
 
 @dataclass(frozen=True)
-class _FewPlan:
-    """How the few-token kernel takes so many tokens: activations in shared memory, split over two blocks, or (neither)
-    coming with each tile; tiles of a warp that are summed first; dynamic shared bytes."""
+class FewPlan:
+    """How the few-token kernel takes so many tokens: how the columns are divided and into how many parts; its dynamic
+    shared bytes."""
 
-    resident: bool
-    split: bool
-    half: int
+    division: int
+    parts: int
     shared: int
 
 
-def _few_defines(layout: Layout, shared_limit: int, halved: bool) -> dict[str, int]:
-    return {**layout.few_defines(shared_limit), **({"FEW_HALVED": 1} if halved else {})}
-
-
-def _few_plan(layout: Layout, shared_limit: int, tokens: int, k: int) -> _FewPlan:
+def few_plan(layout: Layout, shared_limit: int, tokens: int, k: int) -> FewPlan:
+    """As many parts as eight tokens need, whatever the tokens: they say in which order a result is summed."""
     defines = layout.few_defines(shared_limit)
-    warps, depth = defines["FEW_WARPS"], defines["FEW_DEPTH"]
+    warps, k_tiles = defines["FEW_WARPS"], -(-k // layout.tile_k)
+    ring = warps * defines["FEW_DEPTH"] * layout.tile_bytes
 
-    def resident(tiles: int, tokens: int) -> int:
-        return warps * (depth * layout.tile_bytes + tiles * tokens * layout.tile_k * 2) + sum_bytes(warps, tokens)
+    def shared(parts: int, held: int, tokens: int) -> int:
+        tiles = -(-k_tiles // (parts // held))
+        return ring + tiles * tokens * layout.tile_k * 2 + held * sum_bytes(warps, tokens)
 
-    tiles = -(-k // (layout.tile_k * warps))
-    half = -(-tiles // 2) if resident(tiles, FEW_TOKENS) > shared_limit else 0  # whatever the tokens: one order of sums
-    if resident(tiles, tokens) <= shared_limit:
-        return _FewPlan(True, False, half, resident(tiles, tokens))
-    if tiles > 1 and resident(half, tokens) + 16 <= shared_limit:
-        return _FewPlan(False, True, half, resident(half, tokens) + 16)
-    ring = warps * depth * (layout.tile_bytes + tokens * layout.tile_k * 2) + sum_bytes(warps, tokens)
-    return _FewPlan(False, False, half, ring)
+    parts = 1
+    while shared(parts, 1, FEW_TOKENS) > shared_limit:
+        parts *= 2
+    if shared(parts, parts, tokens) <= shared_limit:
+        return FewPlan(WHOLE if parts > 1 else UNDIVIDED, parts, shared(parts, parts, tokens))
+    return FewPlan(SHARED, parts, shared(parts, 1, tokens))
 
 
 def choose_many(device: Device, group: Packed, token_blocks: Callable[[ManyTokens], float],

@@ -62,14 +62,16 @@ class Layout(ABC):
     interleaved = False
     reason: str
 
-    def few_defines(self, shared_limit: int) -> dict[str, int]:
+    def few_defines(self, shared_limit: int, division: int = 0) -> dict[str, int]:
         """Constants of the few-token kernel (and of `repack`, beside it): warps of a block, which split the columns;
-        tiles each has on the way; blocks whose registers fit an SM, so that the next kernel's can begin."""
+        tiles each has on the way; blocks whose registers fit an SM, so that the next kernel's can begin; how columns
+        are divided (enum Division in kernels/linear.cuh)."""
         warps = few_warps(shared_limit)
         slot = self.tile_bytes + FEW_TOKENS * self.tile_k * 2
         depth = (shared_limit - sum_bytes(warps, FEW_TOKENS)) // (warps * slot)
         blocks = 1 if self.defines.get("BLOCK_SCALES") and warps == 16 else 2
-        return {"FEW_WARPS": warps, "FEW_DEPTH": max(1, min(depth, 3)), "FEW_BLOCKS": blocks, **self.defines}
+        return {"FEW_WARPS": warps, "FEW_DEPTH": max(1, min(depth, 3)), "FEW_BLOCKS": blocks,
+                "FEW_DIVISION": division, **self.defines}
 
     def row_scales(self, part: Weight) -> np.ndarray | float:
         """What a row's sums are multiplied by at the end; repack may write it itself."""

@@ -63,7 +63,7 @@ extern "C" __global__ void
     __cluster_dims__(1, 1, CLUSTER)
 #endif
     __launch_bounds__(THREADS, BLOCKS)
-    attention_decode(const __half* __restrict__ qkv, Kv* keys, Kv* values,
+    attention_decode(const __half* qkv, Kv* keys, Kv* values,
                      const int* __restrict__ starts, const int* __restrict__ lengths,
                      const int* __restrict__ pages, int table_width, int heads, int kv_heads,
                      int others, const float* q_norm, float q_eps, const float* k_norm, float k_eps,

@@ -4,7 +4,7 @@
 // grid T, block 128: keys and values of every new token go to their pages (nothing does where others is 0). A token
 // that no sequence owns gets a zero output row instead, so that what follows in the layer stays finite.
 extern "C" __global__ void __launch_bounds__(128)
-    attention_write(const __half* __restrict__ qkv, Kv* keys, Kv* values,
+    attention_write(const __half* qkv, Kv* keys, Kv* values,
                     const int* __restrict__ positions, const int* __restrict__ starts,
                     const int* __restrict__ pages, int sequences, int table_width, int heads, int kv_heads,
                     int others, const float* k_norm, float k_eps, const float* v_norm, float v_eps,
@@ -117,8 +117,8 @@ struct Tile {
 // on the tile it falls into: key tiles start at multiples of FLASH_KEYS, and a tile that is masked for a row
 // changes nothing in it. skip_single: leave sequences with one new token to attention_decode.
 extern "C" __global__ void __launch_bounds__(32 * FLASH_WARPS, 1)
-    attention_prefill(const __half* __restrict__ qkv, const Kv* __restrict__ keys,
-                      const Kv* __restrict__ values, const int* __restrict__ positions,
+    attention_prefill(const __half* qkv, const Kv* keys,
+                      const Kv* values, const int* __restrict__ positions,
                       const int* __restrict__ starts, const int* __restrict__ lengths,
                       const int* __restrict__ pages, int sequences, int table_width, int heads, int kv_heads,
                       int others, int skip_single, const float* q_norm, float q_eps, const float2* rope,

@@ -32,7 +32,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
 // grid R, block THREADS: the wanted rows of the residual stream.
 extern "C" __global__ void __launch_bounds__(THREADS)
-gather_rows(const int* __restrict__ rows, const float* __restrict__ x, float* __restrict__ out, int d) {
+gather_rows(const int* __restrict__ rows, const float* x, float* __restrict__ out, int d) {
     dependents_may_start();
     wait_for_predecessor();
     x += (size_t)rows[blockIdx.x] * d, out += (size_t)blockIdx.x * d;

@@ -171,9 +171,11 @@ __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, c
         const int column = gated ? packed_row / 16 * 8 + packed_row % 8 : packed_row;
         const int4 part = tokens_of(tile);
         const size_t expert_row = (size_t)part.x * row_tiles * 16 + packed_row;
-        float4 scale[2];  // of the two quads of rows
-        scale[0] = *reinterpret_cast<const float4*>(e.row_scale + expert_row);
-        if (gated) scale[1] = *reinterpret_cast<const float4*>(e.row_scale + expert_row + 8);
+        float4 scale[2] = {};  // of the two quads of rows, where there are any
+        if (packed_row < row_tiles * 16) {
+            scale[0] = *reinterpret_cast<const float4*>(e.row_scale + expert_row);
+            if (gated) scale[1] = *reinterpret_cast<const float4*>(e.row_scale + expert_row + 8);
+        }
         const bool whole = column + 4 <= e.features && e.stride % 4 == 0 && reinterpret_cast<size_t>(e.out) % 16 == 0;
         auto finished = [&](const float* from, int half) {
             float4 v = *reinterpret_cast<const float4*>(from + half * 8);

@@ -71,10 +71,10 @@ __device__ __forceinline__ void copy_float(float* shared, const float* global) {
 // grid (T / CONVOLVE_TOKENS, (width + heads) / THREADS, both rounded up), block THREADS: of all tokens, the convolution
 // [width], the steps [heads] and the decays [heads], as rows of float32 [T, width + 2 heads].
 extern "C" __global__ void __launch_bounds__(THREADS)
-    convolve(const __half* __restrict__ projected, const int* __restrict__ starts, const int* __restrict__ positions,
+    convolve(const __half* projected, const int* __restrict__ starts, const int* __restrict__ positions,
              const int* __restrict__ slots, int sequences, int inner, int width, int heads,
              const float* __restrict__ weight, const float* __restrict__ bias, const float* __restrict__ A,
-             const float* __restrict__ dt_bias, const __half* __restrict__ recent, float in_factor,
+             const float* __restrict__ dt_bias, const __half* recent, float in_factor,
              float* __restrict__ convolved) {
     dependents_may_start();
     wait_for_predecessor();
@@ -298,7 +298,7 @@ template <bool ONE> __device__ __forceinline__ void scan(const Scan& p) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
-    scan_one(const __half* __restrict__ projected, const float* __restrict__ convolved, const int* __restrict__ starts,
+    scan_one(const __half* projected, const float* convolved, const int* __restrict__ starts,
              const int* __restrict__ positions, const int* __restrict__ slots, int heads, int head_dim, int groups,
              const float* __restrict__ weight, const float* __restrict__ bias, const float* __restrict__ A,
              const float* __restrict__ D, const float* __restrict__ dt_bias, float in_factor, __half* recent,
@@ -308,7 +308,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 3)
-    scan_many(const __half* __restrict__ projected, const float* __restrict__ convolved,
+    scan_many(const __half* projected, const float* convolved,
               const int* __restrict__ starts, const int* __restrict__ positions, const int* __restrict__ slots,
               int heads, int head_dim, int groups, const float* __restrict__ weight, const float* __restrict__ bias,
               const float* __restrict__ A, const float* __restrict__ D, const float* __restrict__ dt_bias,
@@ -321,7 +321,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3)
 // the first of a row of `projected`, of `stride`. A token that no sequence owns gives zeros. A group's first HELD *
 // THREADS quads stay in registers, and all their loads are on the way together.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    gated_norm(const float* __restrict__ y, const __half* __restrict__ projected, int stride, float in_factor,
+    gated_norm(const float* y, const __half* projected, int stride, float in_factor,
                const int* __restrict__ starts, int sequences, int size, const float* __restrict__ weight, float eps,
                float factor, __half* __restrict__ out) {
     constexpr int HELD = 4;

@@ -70,9 +70,9 @@ __device__ __forceinline__ float2 block_sums(float2 mine) {
 // grid T, block THREADS, in place. A row's result depends on nothing but the row. x2 is null where there is one branch;
 // a branch, and their sum, is RMS-normed where its weight is not null.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    merge(float* residual, const void* __restrict__ x1, int half1, float factor1, const float* __restrict__ rows1,
-          const float* __restrict__ weight1, float eps1, const void* __restrict__ x2, int half2, float factor2,
-          const float* __restrict__ rows2, const float* __restrict__ weight2, float eps2,
+    merge(float* residual, const void* x1, int half1, float factor1, const float* rows1,
+          const float* __restrict__ weight1, float eps1, const void* x2, int half2, float factor2,
+          const float* rows2, const float* __restrict__ weight2, float eps2,
           const float* __restrict__ weight, float eps, float scale, int d) {
     dependents_may_start();
     Numbers w1, w2, w, a, b, h;

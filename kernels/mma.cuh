@@ -64,7 +64,8 @@ __device__ __forceinline__ void barrier_arrive(int id, int threads) {
 }
 
 // Programmatic dependent launch. Every kernel that may be launched with it calls `dependents_may_start` early and
-// `wait_for_predecessor` in every thread before it touches memory that another kernel writes or reads.
+// `wait_for_predecessor` in every thread before it touches memory that another kernel writes or reads. Such memory is
+// never `const __restrict__`: the compiler takes that as a promise that nobody writes it, and may read it before the wait.
 __device__ __forceinline__ void dependents_may_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

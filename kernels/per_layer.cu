@@ -9,7 +9,7 @@ constexpr int THREADS = 128;
 // width], times `factor` and its row's float of `rows` is the projection / sqrt(d). The table [V, layers * width] lies
 // in host memory: a row of it crosses the bus, at decode without the host's doing.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    per_layer_inputs(const __half* __restrict__ projected, const float* __restrict__ rows, float factor,
+    per_layer_inputs(const __half* projected, const float* rows, float factor,
                      const int* __restrict__ tokens, const void* __restrict__ table, int format, float table_scale,
                      const float* __restrict__ weight, float eps, float out_factor, int width,
                      __half* __restrict__ inputs) {
@@ -38,8 +38,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 // later. gate fp16 [T, width] times `factor` and that float is the gate's projection. input_row: halves between tokens
 // of `inputs`, which points at the layer's first. product: all powers of two of gate, inputs and out.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    per_layer_gate(const __half* __restrict__ gate, const float* __restrict__ rows, float factor,
-                   const __half* __restrict__ inputs, int input_row, float product, int width,
+    per_layer_gate(const __half* gate, const float* rows, float factor,
+                   const __half* inputs, int input_row, float product, int width,
                    __half* __restrict__ out) {
     dependents_may_start();
     wait_for_predecessor();

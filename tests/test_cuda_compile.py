@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 
 import pytest
 
@@ -57,6 +58,22 @@ def test_few_tokens_fit_shared_memory_and_are_summed_in_one_order(capability: in
 def test_ptx_for_newer_gpus(arch: str):
     binary = compiling.compile_kernel("scale_columns", arch)
     assert binary.kind == "ptx" and f".target sm_{arch[8:]}".encode() in binary.data
+
+
+def test_only_what_lasts_is_promised_not_to_change():
+    """`const __restrict__` lets the compiler read before a kernel has waited for the one that writes."""
+    weights = {"A", "D", "bias", "dt_bias", "experts_norm", "norm", "row_scale", "sinks", "table", "tiles", "weight",
+               "weight1", "weight2"}
+    put_before_the_step = {"lengths", "pages", "positions", "rows", "slots", "starts", "tokens"}
+    kernels = re.compile(r'extern "C" __global__(?P<parameters>[^{]*)\{(?P<body>.*?)(?=extern "C"|\Z)', re.DOTALL)
+    dependent = 0
+    for path in sorted(compiling.kernel_directory().glob("*.cu")):
+        for kernel in kernels.finditer(path.read_text()):
+            promised = set(re.findall(r"const \w+\* *__restrict__ (\w+)", kernel["parameters"]))
+            if "wait_for_predecessor" in path.read_text():
+                dependent += 1
+                assert promised <= weights | put_before_the_step, (path.name, kernel["parameters"])
+    assert dependent > 20
 
 
 def test_every_kernel_file_belongs_to_a_wrapper():

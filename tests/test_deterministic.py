@@ -10,7 +10,7 @@ import pytest
 import fp4rt
 from backends import BACKENDS, each_backend
 from fp4rt.engine import Sequence
-from fp4rt.engine.engine import make_batch
+from fp4rt.engine.recorded import make_batch
 
 ROOT = Path(__file__).parent / "checkpoints"
 MODELS = ("llama-modelopt-nvfp4", "gemma4-e2b-modelopt-nvfp4", "gemma4-moe-modelopt-nvfp4-experts",

@@ -22,7 +22,7 @@ from fp4rt.ops.cuda.rms_norm import Normed
 from fp4rt.ops.cuda.tiles import FEW_TOKENS, Layout, Packed, pack, sum_bytes
 
 FUSED_NORM_TOKENS = 2  # up to which every block norms the rows itself; more are faster normed once
-UNDIVIDED, WHOLE, SHARED = range(3)  # enum Division in kernels/linear.cuh
+UNDIVIDED, WHOLE, SHARED = range(3)  # enum Division in kernels/linear_few.cuh
 STORE_HALF, STORE_FLOAT, ADD_FLOAT, STORE_ORDERED, STORE_INTERLEAVED = range(5)  # enum Output in kernels/linear.cuh
 _NO_NORM = None, 0.0, 0.0
 _RESERVED = 1024  # bytes of shared memory that a block has beyond its own

@@ -138,7 +138,7 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const v
                             resident[places[i] + own + u * ROWS * CHUNKS] = values[i][u];
             }
         };
-        if (tokens <= ROWS) load(Count<4>(), Count<1>());
+        if (tokens <= ROWS) load(Count<DIVISION == WHOLE ? 8 : 4>(), Count<1>());
         else load(Count<ROWS>(), Count<8 / ROWS>());
         __syncwarp();
     };

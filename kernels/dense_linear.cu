@@ -7,9 +7,10 @@ struct DenseTile {
     static constexpr bool BLOCK_SCALED = false, FRAGMENTS = true;
     struct Raw { uint4 a[4 * PLANES]; };
 
+    template <class Source = Shared>
     static __device__ __forceinline__ void load(Raw& raw, const unsigned char* tile, int lane) {
 #pragma unroll
-        for (int i = 0; i < 4 * PLANES; i++) raw.a[i] = reinterpret_cast<const uint4*>(tile)[i * 32 + lane];
+        for (int i = 0; i < 4 * PLANES; i++) raw.a[i] = Source::read(tile + (i * 32 + lane) * 16);
     }
     static __device__ __forceinline__ void load_pair(Raw& raw, const unsigned char* tile, int lane, int) {
         load(raw, tile, lane);

@@ -58,9 +58,10 @@ __device__ __forceinline__ void chosen_experts(const unsigned char* weights, con
     const int* const own_id = c.ids + blockIdx.z * c.slots + blockIdx.y;
     const int expert = c.partial ? __ldcg(own_id) : *own_id;  // before the wait, L1 may hold what was there before
     const size_t at = (size_t)expert * row_tiles + row_tile;
-    const unsigned char* tile = weights + (at * k_tiles + warp) * Tile::BYTES;
+    unsigned tile = (at * k_tiles + warp) * (Tile::BYTES / 16);  // in 16 bytes: half the registers of a pointer
+    auto load = [&](typename Tile::Raw& to) { Tile::template load<Global>(to, weights + tile * (size_t)16, lane); };
     typename Tile::Raw raw;
-    if (warp < k_tiles) Tile::load(raw, tile, lane);
+    if (warp < k_tiles) load(raw);
     if (threadIdx.x < 4) {
         copy_async(&scales[threadIdx.x], e.row_scale + at * 16 + threadIdx.x * 4, 16);
         if (e.bias) copy_async(&biases[threadIdx.x], e.bias + at * 16 + threadIdx.x * 4, 16);
@@ -84,19 +85,19 @@ __device__ __forceinline__ void chosen_experts(const unsigned char* weights, con
         }
     }
     const int token = slot < 0 ? blockIdx.z : g;  // columns that are not wanted repeat one that is
-    const __half* column = x + (size_t)(x_slots ? token * x_slots + (slot < 0 ? blockIdx.y : slot) : token) * K;
+    const unsigned column = (x_slots ? token * x_slots + (slot < 0 ? blockIdx.y : slot) : token) * K;
     float acc[1][4] = {};
 #pragma unroll 1
     for (int kt = warp; kt < k_tiles; kt += WARPS) {
         uint4 chunks[Tile::K / 32];
-        activations<Tile>(chunks, column, kt, K);
+        activations<Tile>(chunks, x + column, kt, K);
 #pragma unroll
         for (int step = 0; step < Tile::K / 32; step++) {
             const uint4 b[1] = {chunks[step]};
             multiply<Tile>(acc, raw, step, b);
         }
-        tile += WARPS * Tile::BYTES;
-        if (kt + WARPS < k_tiles) Tile::load(raw, tile, lane);
+        tile += WARPS * (Tile::BYTES / 16);
+        if (kt + WARPS < k_tiles) load(raw);
     }
 #pragma unroll
     for (int i = 0; i < 4; i++) sums[warp][(2 * t + i % 2) * 16 + g + i / 2 * 8] = acc[0][i];

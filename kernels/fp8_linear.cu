@@ -11,13 +11,15 @@ struct Fp8Tile {
     static constexpr bool BLOCK_SCALED = BLOCK_SCALES, FRAGMENTS = false;
     struct Raw { uint4 codes[4]; float2 scale; };
 
+    template <class Source = Shared>
     static __device__ __forceinline__ void load(Raw& raw, const unsigned char* tile, int lane) {
-        load_pair(raw, tile, lane, 0);
-        load_pair(raw, tile, lane, 1);
+        load_pair<Source>(raw, tile, lane, 0);
+        load_pair<Source>(raw, tile, lane, 1);
     }
+    template <class Source = Shared>
     static __device__ __forceinline__ void load_pair(Raw& raw, const unsigned char* tile, int lane, int pair) {
-        raw.codes[pair] = reinterpret_cast<const uint4*>(tile)[pair * 32 + lane];
-        raw.codes[2 + pair] = reinterpret_cast<const uint4*>(tile)[(2 + pair) * 32 + lane];
+        raw.codes[pair] = Source::read(tile + (pair * 32 + lane) * 16);
+        raw.codes[2 + pair] = Source::read(tile + ((2 + pair) * 32 + lane) * 16);
         load_scale(raw, tile, lane);
     }
     static __device__ __forceinline__ void load_scale(Raw& raw, const unsigned char* tile, int lane) {

@@ -4,7 +4,7 @@
 // contiguous bytes made by the format's `repack`. Within a step of 32 columns, lane 4 * g + t owns 8 of rows g and g+8:
 // two mma of 16 columns, whose order of k is free as long as the activations follow it. Tile provides
 //   Raw                           one lane's share of a tile
-//   load(raw, tile, lane)         reads it from shared memory
+//   load<Source>(raw, tile, lane) reads it from shared memory, or another Source
 //   load_pair(raw, tile, lane, p) reads what steps 2p and 2p+1 need of it
 //   decode<plane>(raw, step, a)   the A fragments of the two mma of a step; a weight is the sum of PLANES planes
 //   FRAGMENTS                     whether a Raw holds them as they are
@@ -17,6 +17,14 @@
 #include "activation.cuh"
 
 enum Output { STORE_HALF = 0, STORE_FLOAT = 1, ADD_FLOAT = 2, STORE_ORDERED = 3, STORE_INTERLEAVED = 4 };  // order.cuh
+
+// Where a tile is read from: shared memory, or global memory, once in a step.
+struct Shared {
+    static __device__ __forceinline__ uint4 read(const unsigned char* p) { return *reinterpret_cast<const uint4*>(p); }
+};
+struct Global {
+    static __device__ __forceinline__ uint4 read(const unsigned char* p) { return load_streamed(p); }
+};
 
 struct Epilogue {
     void* out;               // [T, stride] half or float

@@ -30,6 +30,20 @@ __device__ __forceinline__ uint4 load_once(const void* p) {
     return v;
 }
 
+// The same of a stream of weights: they leave L2 before what is wanted again, as those of copy_async_once do.
+__device__ __forceinline__ uint4 load_streamed(const void* p) {
+#if __CUDA_ARCH__ >= 800
+    uint4 v;
+    unsigned long long policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0,%1,%2,%3}, [%4], %5;"
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p), "l"(policy));
+    return v;
+#else
+    return load_once(p);
+#endif
+}
+
 // Brings the line of an address to L2.
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
 

@@ -13,9 +13,10 @@ struct Nvfp4Tile : Fp4Codes {
     static constexpr int BYTES = CODE_BYTES + 128;
     struct Raw { uint4 low, high; unsigned scales; };
 
+    template <class Source = Shared>
     static __device__ __forceinline__ void load(Raw& raw, const unsigned char* tile, int lane) {
-        raw.low = reinterpret_cast<const uint4*>(tile)[lane];
-        raw.high = reinterpret_cast<const uint4*>(tile + 512)[lane];
+        raw.low = Source::read(tile + lane * 16);
+        raw.high = Source::read(tile + 512 + lane * 16);
         raw.scales = reinterpret_cast<const unsigned*>(tile + CODE_BYTES)[lane];
     }
     static __device__ __forceinline__ void load_pair(Raw& raw, const unsigned char* tile, int lane, int pair) {

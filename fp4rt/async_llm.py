@@ -201,7 +201,7 @@ class AsyncLLM:
         self._prompt_tokens = self._generated_tokens = 0
         if llm.has_text:
             llm.text  # read now: the first request should not wait for it
-        llm.engine.prepare()
+        llm.engine.prepare(one.linear for one in llm.linears)
         self._work = threading.Condition()
         self._closing = False
         self._failure: Fp4rtError | None = None

@@ -17,7 +17,7 @@ from fp4rt.engine.scheduler import LOGITS_ROWS, Scheduler, Step, most_rows
 from fp4rt.engine.sequence import Sequence, TokenLogprobs
 from fp4rt.errors import Fp4rtError
 from fp4rt.layers import Decoder
-from fp4rt.ops import GREEDY, Ops, Pending, SamplerRow
+from fp4rt.ops import GREEDY, Linear, Ops, Pending, SamplerRow
 from fp4rt.sampling import MAX_LOGPROBS, Sampling
 
 LEASE = 256          # decode steps that run on pages and settings put on the device once
@@ -74,8 +74,10 @@ class Engine:
     def busy(self) -> bool:
         return bool(self._arrivals or self._scores or self.scheduler.busy)
 
-    def prepare(self) -> None:
-        """Record the steps in which any number of short sequences decode, so that nobody has to wait for it later."""
+    def prepare(self, linears: Iterable[Linear]) -> None:
+        """Load what steps of any size need, and record those in which any number of short sequences decode, so that
+        nobody has to wait for it later. linears: the model's."""
+        self.ops.load_kernels(linears, self.cache.plan.memory, self.scheduler.step_tokens, self.scheduler.max_sequences)
         if not self.ops.lookahead:
             return
         nobody = Sequence([0], Sampling().resolve({}), 0, frozenset(), 2)

@@ -82,6 +82,9 @@ VARIANTS = (*(Warpgroups(256, 128, split, 1.35, 1.35) for split in (1, 2, 4)),
               for split in _SPLITS))
 
 
+FEWEST = min(variant.tokens for variant in VARIANTS)  # whole multiples of which all others are
+
+
 def runs(device: Device, layout: Layout) -> bool:
     """Sums per scale block would need a second set of accumulators, and a second plane a second set of weights."""
     return device.arch == "sm_90a" and _runs(layout)
@@ -104,20 +107,23 @@ def variants(capability: int) -> list[tuple[str, dict[str, int], int]]:
 
 def choose(device: Device, group: Packed, tokens: int) -> Warpgroups:
     """The variant that is done first. Each cluster's block needs columns of its own."""
-    k_tiles = -(-group.in_features // group.layout.tile_k)
-    return min((variant for variant in VARIANTS if variant.split <= k_tiles),
-               key=lambda variant: variant.time(device, group, -(-tokens // variant.tokens)))
+    key = group.layout, group.row_tiles, group.in_features, -(-tokens // FEWEST)
+    if key not in device.chosen:
+        k_tiles = -(-group.in_features // group.layout.tile_k)
+        device.chosen[key] = min((variant for variant in VARIANTS if variant.split <= k_tiles),
+                                 key=lambda variant: variant.time(device, group, -(-tokens // variant.tokens)))
+    return device.chosen[key]
 
 
-def choose_grouped(device: Device, up: Packed, down: Packed, pairs: int) -> tuple[Warpgroups, Warpgroups]:
-    """For pairs grouped by expert, with blocks of as many tokens: the most that an average expert half fills."""
+def choose_grouped(device: Device, packed: Packed, pairs: int) -> Warpgroups:
+    """For pairs grouped by expert, with blocks of the most tokens that an average expert half fills: as many for all
+    linears of the same experts."""
     whole = [variant for variant in VARIANTS if variant.split == 1]
     sizes = sorted({variant.tokens for variant in whole})
-    size = max((size for size in sizes if pairs >= size // 2 * up.experts), default=sizes[0])
-    blocks = pairs // size + min(pairs, up.experts) // 2
-    first, second = (min((variant for variant in whole if variant.tokens == size),
-                         key=lambda variant: variant.time(device, packed, blocks)) for packed in (up, down))
-    return first, second
+    size = max((size for size in sizes if pairs >= size // 2 * packed.experts), default=sizes[0])
+    blocks = pairs // size + min(pairs, packed.experts) // 2
+    return min((variant for variant in whole if variant.tokens == size),
+               key=lambda variant: variant.time(device, packed, blocks))
 
 
 @dataclass(frozen=True)

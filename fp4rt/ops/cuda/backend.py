@@ -252,7 +252,7 @@ class CudaOps:
                      memory: Iterable[AttentionShape | MambaShape | None], tokens: int, sequences: int) -> None:
         if self.deterministic:
             return  # one kernel for any number
-        chosen: dict[tuple, Iterable[tuple[str, str, dict[str, int]]]] = {}  # each different weight and layer once
+        chosen: dict[tuple, Iterable[tuple[str, str, dict[str, int]]]] = {(): [("logprobs", "logprobs", {})]}
         for weight in linears:
             if isinstance(weight, experts.CudaExperts):
                 chosen[_sizes(weight.packed)] = experts.kernels(self.gpu, weight.packed)

@@ -25,6 +25,7 @@ UNGUESSED = 4        # of them where nothing could be guessed, before the host l
 LARGE = 256          # tokens of a step that takes so long that beginning the next one before it ends would gain nothing
 SMALL = 512          # tokens of a step that the host takes longer to launch than the device to compute: it is recorded
 ROUND = 64           # so many tokens more than the next smaller one, unless it only decodes
+ROUND_GUESSES = 8    # or has guesses, each of which has its row of logits
 RECORDED = 48        # recorded steps that are kept
 SHORTEST_TABLE = 16  # pages of a sequence that a step is recorded for at least
 
@@ -219,15 +220,19 @@ class Engine:
         if not exact:
             width = _power_of_two(max(width, SHORTEST_TABLE))
         told = any(sequence is not None and sequence.top_logprobs is not None for sequence in drawing)
-        if all(sequence.decoding and not sequence.drafts for sequence, _ in step):
+        decoding, guessed = all(s.decoding for s, _ in step), any(s.drafts for s, _ in step)
+        if decoding and not guessed:
             size = count if exact else min(_power_of_two(count), self.scheduler.max_sequences)
             sizes = Sizes(size, width, size, told)
         else:
             size = min(_power_of_two(count + 1), self.scheduler.max_sequences + 1)  # one takes what tokens are left
-            tokens = -(-(tokens + size - count) // ROUND) * ROUND
-            if exact or tokens > min(self.small, self.scheduler.step_tokens) or any(s.drafts for s, _ in step):
+            most, unit = (LOGITS_ROWS, ROUND_GUESSES) if guessed else (self.small, ROUND)
+            if guessed and tokens % unit == 0 and count == _power_of_two(count):
+                size = count  # none are left
+            tokens = -(-(tokens + size - count) // unit) * unit
+            if exact or tokens > min(most, self.scheduler.step_tokens) or guessed and not decoding:
                 return None
-            sizes = Sizes(size, width, tokens, told)
+            sizes = Sizes(size, width, tokens, told, guessed)
             if sizes not in self._recorded:
                 self._keep(sizes, None)
                 return None

@@ -118,12 +118,15 @@ def choose(device: Device, group: Packed, tokens: int) -> Warpgroups:
 def choose_grouped(device: Device, packed: Packed, pairs: int) -> Warpgroups:
     """For pairs grouped by expert, with blocks of the most tokens that an average expert half fills: as many for all
     linears of the same experts."""
-    whole = [variant for variant in VARIANTS if variant.split == 1]
-    sizes = sorted({variant.tokens for variant in whole})
-    size = max((size for size in sizes if pairs >= size // 2 * packed.experts), default=sizes[0])
-    blocks = pairs // size + min(pairs, packed.experts) // 2
-    return min((variant for variant in whole if variant.tokens == size),
-               key=lambda variant: variant.time(device, packed, blocks))
+    key = packed.layout, packed.row_tiles, packed.in_features, packed.experts, pairs
+    if key not in device.chosen:
+        whole = [variant for variant in VARIANTS if variant.split == 1]
+        sizes = sorted({variant.tokens for variant in whole})
+        size = max((size for size in sizes if pairs >= size // 2 * packed.experts), default=sizes[0])
+        blocks = pairs // size + min(pairs, packed.experts) // 2
+        device.chosen[key] = min((variant for variant in whole if variant.tokens == size),
+                                 key=lambda variant: variant.time(device, packed, blocks))
+    return device.chosen[key]
 
 
 @dataclass(frozen=True)

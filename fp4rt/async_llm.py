@@ -8,8 +8,8 @@ import time
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Sequence as SequenceOf
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from fp4rt.engine import Grammar, Sequence, TokenLogprobs
 from fp4rt.errors import Fp4rtError
@@ -20,8 +20,7 @@ from fp4rt.text import Splitter
 MAX_LOGPROBS = 20
 
 
-@dataclass(frozen=True)
-class Delta:
+class Delta(NamedTuple):
     """What became known of an answer since the last one.
 
     Of an iterator that is behind, one delta is several tokens. text, reasoning: whole characters. ids: the tokens
@@ -43,8 +42,8 @@ class Delta:
     def then(self, later: Delta) -> Delta:
         """Both in one."""
         logprobs = None if self.logprobs is None else [*self.logprobs, *(later.logprobs or ())]
-        return replace(later, text=self.text + later.text, reasoning=self.reasoning + later.reasoning,
-                       ids=self.ids + later.ids, logprobs=logprobs, prompt_logprobs=self.prompt_logprobs)
+        return later._replace(text=self.text + later.text, reasoning=self.reasoning + later.reasoning,
+                              ids=self.ids + later.ids, logprobs=logprobs, prompt_logprobs=self.prompt_logprobs)
 
 
 @dataclass

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from fp4rt.engine import Grammar, Sequence, TokenLogprobs
 from fp4rt.errors import Fp4rtError
 from fp4rt.llm import LLM, load
+from fp4rt.loading import different_layers
 from fp4rt.sampling import Sampling
 from fp4rt.text import Splitter
 
@@ -200,7 +201,7 @@ class AsyncLLM:
         self._prompt_tokens = self._generated_tokens = 0
         if llm.has_text:
             llm.text  # read now: the first request should not wait for it
-        llm.engine.prepare(one.linear for one in llm.linears)
+        llm.engine.prepare(different_layers(llm.linears, llm.engine.cache.plan.memory))
         self._work = threading.Condition()
         self._closing = False
         self._failure: Fp4rtError | None = None

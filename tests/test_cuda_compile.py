@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
-from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("cupy_backends.cuda.libs.nvrtc")
 
 from fp4rt.errors import Fp4rtError  # noqa: E402
-from fp4rt.ops.cuda import experts, linear, warpgroup  # noqa: E402
+from fp4rt.ops.cuda import linear  # noqa: E402
 from fp4rt.ops.cuda import compile as compiling  # noqa: E402
 from fp4rt.ops.cuda.device import SHARED_LIMIT  # noqa: E402
 from fp4rt.ops.cuda.tiles import Layout  # noqa: E402
@@ -53,39 +52,6 @@ def test_few_tokens_fit_shared_memory_and_are_summed_in_one_order(capability: in
         assert len({plan.parts for plan in plans}) == 1 and all(plan.shared <= limit for plan in plans)
         alone = [plan.division in (linear.UNDIVIDED, linear.WHOLE) for plan in plans]
         assert alone == sorted(alone, reverse=True)
-
-
-class Chip:
-    """What choosing a kernel asks of a Device: an H100."""
-
-    arch, capability, sm_count, shared_limit = "sm_90a", 90, 132, SHARED_LIMIT[90]
-
-    def __init__(self) -> None:
-        self.chosen: dict = {}
-
-    def clusters(self, size: int, shared: int) -> int:
-        return {2: 66, 4: 32 if shared > 113 << 10 else 64, 5: 47, 7: 32}[size]
-
-
-@pytest.mark.parametrize("rows, k", [(4096, 4096), (28672, 4096), (4096, 14336), (1024, 128), (201088, 2880)])
-@pytest.mark.parametrize("layout", linear.LAYOUTS, ids=lambda layout: f"{layout.stem}-{layout.tile_bytes}")
-def test_kernels_made_ready_are_all_that_any_number_of_tokens_takes(layout: Layout, rows: int, k: int):
-    chip, most = Chip(), 700
-    group = SimpleNamespace(layout=layout, row_tiles=rows // 16, in_features=k, experts=1)
-    ready = [defines for _, entry, defines in linear.kernels(chip, group, most) if entry.startswith("many")]
-    assert all(any(stem == layout.stem and defines == one for _, stem, one, _ in variants()) for defines in ready)
-    for tokens in range(9, most + 1):
-        if warpgroup.runs(chip, layout):
-            chosen = warpgroup.choose(Chip(), group, tokens).defines(layout)
-        else:
-            chosen = linear.choose_many(chip, group, lambda many: -(-tokens // many.tokens)).defines(
-                layout, chip.shared_limit)
-        assert chosen in ready
-    for experts_of, slots in ((128, 8), (32, 4)) if warpgroup.runs(chip, layout) else ():
-        group = SimpleNamespace(layout=layout, row_tiles=rows // 16, in_features=k, experts=experts_of)
-        ready = [defines for _, _, defines in experts.kernels(chip, group)]
-        for tokens in range(9, most + 1):
-            assert {"EXPERTS": 1, **warpgroup.choose_grouped(chip, group, tokens * slots).defines(layout)} in ready
 
 
 @pytest.mark.parametrize("arch", ["compute_75", "compute_80", "compute_90"])

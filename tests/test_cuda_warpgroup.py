@@ -104,7 +104,7 @@ def test_every_variant_for_grouped_experts(ops, monkeypatch, number: int):
 
     whole = [variant for variant in warpgroup.VARIANTS if variant.split == 1]
     assert len(whole) == 5
-    monkeypatch.setattr(warpgroup, "choose_grouped", lambda *_: whole[number])
+    monkeypatch.setattr(warpgroup, "choose_grouped", lambda *_: (whole[number], whole[number]))
     for case in EXPERTS:
         if case.tokens > 8:
             check(ops, case)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence as SequenceOf
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,11 +13,12 @@ import numpy as np
 from fp4rt.batch import PAGE_TOKENS
 from fp4rt.cache import Cache
 from fp4rt.engine.recorded import Recorded, Sizes, make_batch
+from fp4rt.engine.rehearsal import rehearse
 from fp4rt.engine.scheduler import LOGITS_ROWS, Scheduler, Step, most_rows
 from fp4rt.engine.sequence import Sequence, TokenLogprobs
 from fp4rt.errors import Fp4rtError
 from fp4rt.layers import Decoder
-from fp4rt.ops import GREEDY, Linear, Ops, Pending, SamplerRow
+from fp4rt.ops import GREEDY, Ops, Pending, SamplerRow
 from fp4rt.sampling import MAX_LOGPROBS, Sampling
 
 LEASE = 256          # decode steps that run on pages and settings put on the device once
@@ -75,14 +76,14 @@ class Engine:
     def busy(self) -> bool:
         return bool(self._arrivals or self._scores or self.scheduler.busy)
 
-    def prepare(self, linears: Iterable[Linear]) -> None:
-        """Load what steps of any size need, and record those in which any number of short sequences decode, so that
-        nobody has to wait for it later. linears: the model's."""
-        self.ops.load_kernels(linears, self.cache.plan.memory, self.scheduler.step_tokens, self.scheduler.max_sequences)
+    def prepare(self, layers: SequenceOf[int]) -> None:
+        """Get steps of all sizes ready, and record those in which any number of short sequences decode, so that nobody
+        has to wait for it later. layers: those of the model that differ."""
         if not self.ops.lookahead:
             return
         nobody = Sequence([0], Sampling().resolve({}), 0, frozenset(), 2)
         nobody.held.pages = [[0] for _ in self.cache.plan.windows]
+        rehearse(self, nobody, layers)
         for power in range(self.scheduler.max_sequences.bit_length() + 1):
             size = min(1 << power, self.scheduler.max_sequences)
             self._record(Sizes(size, SHORTEST_TABLE, size, False), [(nobody, 1)], [None])

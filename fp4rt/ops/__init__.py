@@ -11,7 +11,7 @@ float32; scales are applied in float32 before anything narrows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -352,10 +352,8 @@ class Ops(Protocol):
     def reserve(self, step: Callable[[], object]) -> int:
         """Size the scratch memory for `step` (the largest one that will ever run) without running it: bytes."""
 
-    def load_kernels(self, linears: Iterable[Linear], memory: Iterable[AttentionShape | MambaShape | None], tokens: int,
-                     sequences: int) -> None:
-        """Make ready what a step of any size up to these may run, beside what those did that room was made for: so that
-        none has to wait for it later. linears, memory: of the model's layers."""
+    def rehearse(self, step: Callable[[], object]) -> None:
+        """Make ready what `step` would run, without running it: so that nobody has to wait for it later."""
 
     def synchronize(self) -> None:
         """Wait until everything asked for is done."""

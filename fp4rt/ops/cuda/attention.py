@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import cupy
@@ -33,8 +32,7 @@ def variants(capability: int) -> list[tuple[str, dict[str, int], int]]:
             found.append(("attention_prefill", {"HEAD_DIM": dim, **kv}, _flash(dim, capability)[2]))
             plans = {}
             for tiles in (1, 2) if dim <= 128 else (1,):
-                for chunks, crowded in ((1, False), (8, False), (8, True), (32, False), (2, False), (4, False),
-                                        (4, True)):
+                for chunks, crowded in ((1, False), (8, False), (8, True), (32, False), (2, False)):
                     plan = _Decode.of(dim, tiles, 8 * tiles, 1 if kv else 2, capability, chunks, crowded)
                     plans[tuple(plan.defines.items())] = plan
             found += [("attention_decode", {"HEAD_DIM": dim, **plan.defines, **kv}, plan.shared)
@@ -141,12 +139,14 @@ def attention(device: Device, qkv: Activation, batch: DeviceBatch, pages: Pages,
 def _decode(device: Device, qkv: Activation, batch: DeviceBatch, pages: Pages, shape: AttentionShape,
             out: cupy.ndarray, ordered: Ordered | None, opening: tuple, defines: dict[str, int]) -> None:
     """The sequences with one new token; their keys are split in chunks by their own lengths alone."""
-    dim, table = shape.head_dim, batch.tables[pages.group]
+    kv_heads, dim, group = shape.num_kv_heads, shape.head_dim, shape.num_heads // shape.num_kv_heads
+    table = batch.tables[pages.group]
     sequences, width = table.shape
-    tiles, rows, blocks = _head_tiles(shape)
+    tiles = 2 if group > 8 and dim <= 128 else 1
+    blocks, rows = kv_heads * -(-group // (8 * tiles)), min(group, 8 * tiles)
     if blocks > TICKETS:
         raise Fp4rtError(
-            "checkpoint", f"{shape.num_kv_heads} K/V heads and {shape.num_heads} heads are more than the CUDA "
+            "checkpoint", f"{kv_heads} K/V heads and {shape.num_heads} heads are more than the CUDA "
             "backend's attention takes; use device='cpu'")
     warps, split = _warps(dim)
     turn = _TILE * warps // split
@@ -155,39 +155,17 @@ def _decode(device: Device, qkv: Activation, batch: DeviceBatch, pages: Pages, s
         turns = min(turns, -(-shape.window // turn) + 1)
     spread, short, most = _chunking(blocks, sequences)
     chunks = min(turns, most, max(spread, -(-turns // short)))
-    plan = _Decode.of(dim, tiles, rows, pages.keys.itemsize, device.capability, chunks,
-                      _crowded(device, dim, blocks, sequences, chunks))
+    # Where a multiprocessor's registers have room for two or three blocks and there would be about so many.
+    crowded = sequences <= 8 and blocks * sequences * chunks > 0.75 * (3 if dim <= 128 else 2) * device.sm_count
+    plan = _Decode.of(dim, tiles, rows, pages.keys.itemsize, device.capability, chunks, crowded)
     slots = sequences * blocks * plan.blocks * plan.parts * rows if plan.blocks > plan.cluster else 0
     partial = device.scratch((slots, dim), np.float32)
     statistics = device.scratch((slots, 2), np.float32)
     device.kernel("attention_decode", "attention_decode", **defines, **plan.defines)(
         (blocks, sequences, -(-plan.blocks // plan.cluster) * plan.cluster), 32 * warps, qkv.data, pages.keys,
-        pages.values, batch.starts, batch.lengths, table, width, shape.num_heads, shape.num_kv_heads, *opening,
-        spread, short, most, partial, statistics, batch.tickets,
-        2 * ordered.padded + ordered.interleaved if ordered else 0, out, shared=plan.shared, pdl=True)
-
-
-def kernels(device: Device, shape: AttentionShape, sequences: int) -> Iterator[tuple[str, str, dict[str, int]]]:
-    """(stem, entry, defines) of those that `attention` chooses by the number of sequences and their lengths."""
-    tiles, rows, blocks = _head_tiles(shape)
-    defines = {"HEAD_DIM": shape.head_dim, **({"KV_FP8": 1} if shape.fp8_scales else {})}
-    divided = {(chunks, _crowded(device, shape.head_dim, blocks, count, chunks)) for count in range(1, sequences + 1)
-               for chunks in range(1, _chunking(blocks, count)[2] + 1)}
-    for how in divided:
-        plan = _Decode.of(shape.head_dim, tiles, rows, 1 if shape.fp8_scales else 2, device.capability, *how)
-        yield "attention_decode", "attention_decode", {**defines, **plan.defines}
-
-
-def _head_tiles(shape: AttentionShape) -> tuple[int, int, int]:
-    """Of a block of the decode kernel: tiles of eight query heads, heads; and blocks for a sequence that is one chunk."""
-    group = shape.num_heads // shape.num_kv_heads
-    tiles = 2 if group > 8 and shape.head_dim <= 128 else 1
-    return tiles, min(group, 8 * tiles), shape.num_kv_heads * -(-group // (8 * tiles))
-
-
-def _crowded(device: Device, dim: int, blocks: int, sequences: int, chunks: int) -> bool:
-    """Where a multiprocessor's registers have room for two or three blocks and there would be about so many."""
-    return sequences <= 8 and blocks * sequences * chunks > 0.75 * (3 if dim <= 128 else 2) * device.sm_count
+        pages.values, batch.starts, batch.lengths, table, width, shape.num_heads, kv_heads, *opening, spread, short,
+        most, partial, statistics, batch.tickets, 2 * ordered.padded + ordered.interleaved if ordered else 0, out,
+        shared=plan.shared, pdl=True)
 
 
 def _chunking(blocks: int, sequences: int) -> tuple[int, int, int]:

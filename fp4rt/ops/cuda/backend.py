@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -20,7 +19,6 @@ from fp4rt.ops.cuda import (attention, batch, embedding, experts, linear, logpro
                             route, sample, warpgroup)
 from fp4rt.ops.cuda.activation import Activation
 from fp4rt.ops.cuda.device import Device, Fetched
-from fp4rt.ops.cuda.tiles import Layout, Packed
 
 
 def _on_device(cls: type) -> type:
@@ -36,11 +34,6 @@ def _on_device(cls: type) -> type:
         if callable(member) and not name.startswith("_"):
             setattr(cls, name, wrap(member))
     return cls
-
-
-def _sizes(packed: Packed) -> tuple:
-    """What the choice of a kernel for a weight depends on."""
-    return packed.layout, packed.experts, packed.row_tiles, packed.in_features
 
 
 @_on_device
@@ -59,7 +52,7 @@ class CudaOps:
         self.gpu = Device(arch, gpu_memory)
         self.device = f"{self.gpu.name} ({self.gpu.arch})"
         self.deterministic = deterministic
-        self._prepared: set[tuple[ModuleType, Layout]] = set()
+        self._prepared: dict[ModuleType, set[str]] = {linear: set(), experts: set()}
         for module in (embedding, batch, sample, logprobs):  # what any model may launch first after loading
             for stem, defines, _ in module.variants(self.gpu.capability):
                 self.gpu.prepare(stem, defines)
@@ -71,12 +64,11 @@ class CudaOps:
         return linear.linear_weight(self.gpu, parts, gated=gated)
 
     def _prepare(self, module: ModuleType, parts: Sequence[Weight]) -> None:
-        """Compile what any linear of these formats may launch, while their bytes are on the way; of those for many
-        tokens only where products by warpgroups, which depend on shapes, or `deterministic` do not replace them."""
-        for key in {(module, linear.choose_layout(part)[0]) for part in parts} - self._prepared:
-            self._prepared.add(key)
-            replaced = self.deterministic or warpgroup.runs(self.gpu, key[1])
-            for stem, defines, _ in module.variants_of(key[1], self.gpu.shared_limit, () if replaced else linear.MANY):
+        """Compile what linears of these formats may launch, while their bytes are on the way."""
+        stems = {linear.choose_layout(part)[0].stem for part in parts} - self._prepared[module]
+        self._prepared[module] |= stems
+        for stem, defines, _ in module.variants(self.gpu.capability) if stems else ():
+            if stem in stems and not warpgroup.replaces(self.gpu, defines):
                 self.gpu.prepare(stem, defines)
 
     def norm_weight(self, weight: np.ndarray, eps: float) -> rms_norm.Norm:
@@ -248,26 +240,8 @@ class CudaOps:
         self.gpu.reserve(nbytes)
         return nbytes
 
-    def load_kernels(self, linears: Iterable[linear.CudaLinear | experts.CudaExperts],
-                     memory: Iterable[AttentionShape | MambaShape | None], tokens: int, sequences: int) -> None:
-        if self.deterministic:
-            return  # one kernel for any number
-        chosen: dict[tuple, Iterable[tuple[str, str, dict[str, int]]]] = {(): [("logprobs", "logprobs", {})]}
-        for weight in linears:
-            if isinstance(weight, experts.CudaExperts):
-                chosen[_sizes(weight.packed)] = experts.kernels(self.gpu, weight.packed)
-            else:
-                chosen |= {_sizes(group): linear.kernels(self.gpu, group, tokens) for group in weight.groups}
-        for shape in memory:
-            if isinstance(shape, AttentionShape):
-                sizes = shape.num_heads, shape.num_kv_heads, shape.head_dim, bool(shape.fp8_scales)
-                chosen[sizes] = attention.kernels(self.gpu, shape, sequences)
-
-        def launch_all() -> None:
-            for stem, entry, defines in itertools.chain(*chosen.values()):
-                self.gpu.kernel(stem, entry, **defines)
-
-        self.gpu.rehearse(launch_all)  # compiles them side by side
+    def rehearse(self, step: Callable[[], object]) -> None:
+        self.gpu.rehearse(step)
 
     def synchronize(self) -> None:
         self.gpu.synchronize()

@@ -69,7 +69,7 @@ class Device:
         self.modules: dict[tuple, Any] = {}  # by stem and defines
         self._kernels: dict[tuple, Kernel] = {}
         self._clusters: dict[tuple[int, int], int] = {}
-        self.chosen: dict[tuple, Any] = {}  # variants, by what they were chosen for: choosing takes longer than a launch
+        self.chosen: dict[tuple, Any] = {}  # variants by what they were chosen for: choosing takes longer than launching
         self._compiler: ThreadPoolExecutor | None = None
         self._compiling: dict[tuple, Future[Binary]] = {}
         self._rehearsed: list[tuple[str, str, dict[str, int]]] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import cupy
 import numpy as np
@@ -26,24 +26,13 @@ _THREADS = 256
 
 def variants(capability: int) -> list[tuple[str, dict[str, int], int]]:
     """Every (stem, defines, dynamic shared bytes) that this module may launch on an architecture."""
-    return [("experts", {}, 4 * 4096), *(found for layout in LAYOUTS
-                                         for found in variants_of(layout, SHARED_LIMIT[capability]))]
-
-
-def variants_of(layout: Layout, limit: int, most: Sequence[ManyTokens] = MANY) -> list[tuple[str, dict[str, int], int]]:
-    """Those for weights of one layout; `most`: which for many tokens."""
-    few = [(layout.stem, _few_defines(layout, warps), 0) for warps in _FEW_WARPS]
-    return [*few, *((layout.stem, _many_defines(layout, many, limit),
-                     many.stages(layout, limit) * many.stage_bytes(layout)) for many in most if many.runs(layout, limit))]
-
-
-def kernels(device: Device, packed: Packed) -> Iterator[tuple[str, str, dict[str, int]]]:
-    """(stem, entry, defines) of those that `experts` chooses by the number of tokens, where it has products by
-    warpgroups; of others `variants` has few."""
-    if warpgroup.runs(device, packed.layout):
-        for variant in {warpgroup.choose_grouped(device, packed, pairs)
-                        for pairs in (*range(1, packed.experts), *range(packed.experts // 8 * 8, _PAIRS + 1, 8))}:
-            yield packed.layout.stem, "many_experts_warpgroups", {"EXPERTS": 1, **variant.defines(packed.layout)}
+    limit = SHARED_LIMIT[capability]
+    found = [("experts", {}, 4 * 4096)]
+    for layout in LAYOUTS:
+        found += [(layout.stem, _few_defines(layout, warps), 0) for warps in _FEW_WARPS]
+        found += [(layout.stem, _many_defines(layout, many, limit),
+                   many.stages(layout, limit) * many.stage_bytes(layout)) for many in MANY if many.runs(layout, limit)]
+    return found
 
 
 def _few_warps(packed: Packed) -> int:
@@ -137,8 +126,7 @@ def _grouped(device: Device, x: Activation, ids: cupy.ndarray, weights: cupy.nda
     pairs = tokens * slots
     x, pairs_of_x = _scaled(device, x, ids, up, slots)
     by_warpgroups = warpgroup.runs(device, up.layout) and warpgroup.runs(device, down.layout)  # of the same blocks
-    choices = (tuple(warpgroup.choose_grouped(device, packed, pairs) for packed in (up, down)) if by_warpgroups
-               else _choose(device, up, down, pairs))
+    choices = (warpgroup.choose_grouped if by_warpgroups else _choose)(device, up, down, pairs)
     size = choices[0].tokens
     most_blocks = min(pairs, pairs // size + up.experts)
     places, rows = device.scratch(pairs, np.int32), device.scratch(pairs, np.int32)

@@ -83,31 +83,13 @@ LAYOUTS = (NVFP4, MXFP4, FP8, FP8_BLOCKS, DENSE, DENSE_F32)
 
 def variants(capability: int) -> list[tuple[str, dict[str, int], int]]:
     """Every (stem, defines, dynamic shared bytes) that this module may launch on an architecture."""
-    return [("scale_columns", {}, 0), *(found for layout in LAYOUTS
-                                        for found in variants_of(layout, SHARED_LIMIT[capability]))]
-
-
-def variants_of(layout: Layout, limit: int, most: Sequence[ManyTokens] = MANY) -> list[tuple[str, dict[str, int], int]]:
-    """Those for weights of one layout; `most`: which for many tokens."""
-    few = [(layout.stem, layout.few_defines(limit, division), 0) for division in (UNDIVIDED, WHOLE, SHARED)]
-    return [*few, *((layout.stem, many.defines(layout, limit), many.stages(layout, limit) * many.stage_bytes(layout))
-                    for many in most if many.runs(layout, limit))]
-
-
-def kernels(device: Device, group: Packed, tokens: int) -> Iterator[tuple[str, str, dict[str, int]]]:
-    """(stem, entry, defines) of those that a launch of up to so many tokens chooses by their number."""
-    layout, limit, k = group.layout, device.shared_limit, group.in_features
-    for division in {few_plan(layout, limit, count, k).division for count in range(1, FEW_TOKENS + 1)}:
-        yield layout.stem, "few", layout.few_defines(limit, division)
-    if warpgroup.runs(device, layout):
-        for variant in {warpgroup.choose(device, group, count)
-                        for count in range(warpgroup.FEWEST, tokens + warpgroup.FEWEST, warpgroup.FEWEST)}:
-            yield layout.stem, "many_warpgroups", variant.defines(layout)
-    else:
-        fewest = min(many.tokens for many in MANY)
-        for many in {choose_many(device, group, lambda many: -(-count // many.tokens))
-                     for count in range(fewest, tokens + fewest, fewest)}:
-            yield layout.stem, "many", many.defines(layout, limit)
+    limit = SHARED_LIMIT[capability]
+    found = [("scale_columns", {}, 0)]
+    for layout in LAYOUTS:
+        found += [(layout.stem, layout.few_defines(limit, division), 0) for division in (UNDIVIDED, WHOLE, SHARED)]
+        found += [(layout.stem, many.defines(layout, limit), many.stages(layout, limit) * many.stage_bytes(layout))
+                  for many in MANY if many.runs(layout, limit)]
+    return found
 
 
 class CudaLinear:

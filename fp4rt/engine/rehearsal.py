@@ -1,0 +1,44 @@
+"""Steps of all sizes, for a backend to get ready before anybody waits for one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from fp4rt.batch import PAGE_TOKENS
+from fp4rt.engine.recorded import make_batch
+from fp4rt.engine.scheduler import most_rows
+from fp4rt.engine.sequence import Sequence as Tokens
+
+if TYPE_CHECKING:
+    from fp4rt.engine.engine import Engine
+
+GRAIN = 16      # tokens: kernels are chosen by how many blocks there are of so many, or of a multiple
+FEW = 8         # sequences, and tokens, for each number of which something else may be chosen
+WIDEST = 1024   # pages of a sequence: how longer ones are shared among blocks does not change
+
+
+def rehearse(engine: Engine, nobody: Tokens, layers: Sequence[int]) -> None:
+    """Let the backend rehearse a step of every size of which another one runs other kernels.
+
+    nobody: a sequence on the pages that nobody owns. layers: those of the model that differ.
+    """
+    def steps() -> None:
+        model = replace(engine.model, layers=[engine.model.layers[i] for i in layers])
+        pages = [engine.cache.layers[i] for i in layers]
+        for sequences, width, tokens, rows in sizes(engine):
+            model(engine.ops.batch(make_batch([(nobody, 1)], rows, sequences, width, tokens)), pages)
+
+    engine.ops.rehearse(steps)
+
+
+def sizes(engine: Engine) -> Iterator[tuple[int, int, int, list[int] | None]]:
+    """(sequences, pages of each, tokens, rows with logits or None for each sequence's last)."""
+    most, rows = engine.scheduler.max_sequences, most_rows(engine.scheduler.max_sequences, engine.scheduler.speculate)
+    for tokens in range(GRAIN, engine.scheduler.step_tokens + GRAIN, GRAIN):
+        yield 2, -(-tokens // PAGE_TOKENS), tokens, list(range(min(tokens, rows)))
+    for count in sorted({*range(1, FEW + 1), *(1 << power for power in range(most.bit_length())), most}):
+        for power in range(min(WIDEST, engine.cache.tokens // PAGE_TOKENS).bit_length()):
+            if count <= most:
+                yield count, 1 << power, count, None

@@ -14,9 +14,10 @@ from fp4rt.engine.sequence import Sequence as Tokens
 if TYPE_CHECKING:
     from fp4rt.engine.engine import Engine
 
-GRAIN = 16      # tokens: kernels are chosen by how many blocks there are of so many, or of a multiple
-FEW = 8         # sequences, and tokens, for each number of which something else may be chosen
-WIDEST = 1024   # pages of a sequence: how longer ones are shared among blocks does not change
+GRAIN = 16     # tokens: kernels are chosen by how many blocks there are of so many, or of a multiple
+COARSE = 1024  # tokens from which on four times as many seldom make a difference
+FEW = 8        # sequences for each number of which something else may be chosen
+WIDEST = 128   # pages of a sequence: longer ones run the same kernels
 
 
 def rehearse(engine: Engine, nobody: Tokens, layers: Sequence[int]) -> None:
@@ -36,7 +37,8 @@ def rehearse(engine: Engine, nobody: Tokens, layers: Sequence[int]) -> None:
 def sizes(engine: Engine) -> Iterator[tuple[int, int, int, list[int] | None]]:
     """(sequences, pages of each, tokens, rows with logits or None for each sequence's last)."""
     most, rows = engine.scheduler.max_sequences, most_rows(engine.scheduler.max_sequences, engine.scheduler.speculate)
-    for tokens in range(GRAIN, engine.scheduler.step_tokens + GRAIN, GRAIN):
+    longest = engine.scheduler.step_tokens
+    for tokens in (*range(GRAIN, min(longest, COARSE) + GRAIN, GRAIN), *range(COARSE, longest + GRAIN, 4 * GRAIN)):
         yield 2, -(-tokens // PAGE_TOKENS), tokens, list(range(min(tokens, rows)))
     for count in sorted({*range(1, FEW + 1), *(1 << power for power in range(most.bit_length())), most}):
         for power in range(min(WIDEST, engine.cache.tokens // PAGE_TOKENS).bit_length()):

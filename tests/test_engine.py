@@ -239,6 +239,17 @@ def test_steps_of_all_sizes_are_rehearsed_with_a_layer_of_each_kind(name: str, k
         assert engine.cache.empty
 
 
+def test_a_cpu_has_compiled_what_it_needs_before_anybody_waits():
+    with fp4rt.load(CHECKPOINT, device="cpu", max_model_len=256) as llm:
+        expected = llm.generate(prompts(2)[1], greedy(9))
+        ran, attention = [], type(llm.ops).attention
+        llm.ops.attention = lambda qkv, *rest, **options: ran.append(len(qkv)) or attention(
+            llm.ops, qkv, *rest, **options)
+        llm.engine.prepare(different_layers(llm.linears, llm.engine.cache.plan.memory))
+        assert ran == [1, 16]
+        assert llm.generate(prompts(2)[1], greedy(9)) == expected
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["llama-modelopt-nvfp4", "mixtral-modelopt-nvfp4", "gpt-oss-mxfp4",
                                   "gemma4-moe-modelopt-nvfp4", "nemotron-h-moe-modelopt-nvfp4"])

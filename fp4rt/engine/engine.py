@@ -79,11 +79,11 @@ class Engine:
     def prepare(self, layers: SequenceOf[int]) -> None:
         """Get steps of all sizes ready, and record those in which any number of short sequences decode, so that nobody
         has to wait for it later. layers: those of the model that differ."""
-        if not self.ops.lookahead:
-            return
         nobody = Sequence([0], Sampling().resolve({}), 0, frozenset(), 2)
         nobody.held.pages = [[0] for _ in self.cache.plan.windows]
         rehearse(self, nobody, layers)
+        if not self.ops.lookahead:
+            return
         for power in range(self.scheduler.max_sequences.bit_length() + 1):
             size = min(1 << power, self.scheduler.max_sequences)
             self._record(Sizes(size, SHORTEST_TABLE, size, False), [(nobody, 1)], [None])

@@ -21,7 +21,7 @@ WIDEST = 128   # pages of a sequence: longer ones run the same kernels
 
 
 def rehearse(engine: Engine, nobody: Tokens, layers: Sequence[int]) -> None:
-    """Let the backend rehearse a step of every size of which another one runs other kernels.
+    """Let the backend get ready for a step of every size that runs other kernels than the others.
 
     nobody: a sequence on the pages that nobody owns. layers: those of the model that differ.
     """
@@ -36,6 +36,10 @@ def rehearse(engine: Engine, nobody: Tokens, layers: Sequence[int]) -> None:
 
 def sizes(engine: Engine) -> Iterator[tuple[int, int, int, list[int] | None]]:
     """(sequences, pages of each, tokens, rows with logits or None for each sequence's last)."""
+    if not engine.ops.lookahead:  # nothing depends on sizes but whether there are few tokens
+        yield 1, 1, 1, None
+        yield 2, 1, GRAIN, None
+        return
     most, rows = engine.scheduler.max_sequences, most_rows(engine.scheduler.max_sequences, engine.scheduler.speculate)
     longest = engine.scheduler.step_tokens
     for tokens in (*range(GRAIN, min(longest, COARSE) + GRAIN, GRAIN), *range(COARSE, longest + GRAIN, 4 * GRAIN)):

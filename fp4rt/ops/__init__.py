@@ -353,7 +353,7 @@ class Ops(Protocol):
         """Size the scratch memory for `step` (the largest one that will ever run) without running it: bytes."""
 
     def rehearse(self, step: Callable[[], object]) -> None:
-        """Make ready what `step` would run, without running it: so that nobody has to wait for it later."""
+        """Compile and load what `step` runs, so that nobody waits for it later; it may be run, on pages of nobody's."""
 
     def synchronize(self) -> None:
         """Wait until everything asked for is done."""

@@ -26,10 +26,11 @@ def rehearse(engine: Engine, nobody: Tokens, layers: Sequence[int]) -> None:
     nobody: a sequence on the pages that nobody owns. layers: those of the model that differ.
     """
     def steps() -> None:
-        model = replace(engine.model, layers=[engine.model.layers[i] for i in layers])
+        ops, model = engine.ops, replace(engine.model, layers=[engine.model.layers[i] for i in layers])
         pages = [engine.cache.layers[i] for i in layers]
         for sequences, width, tokens, rows in sizes(engine):
-            model(engine.ops.batch(make_batch([(nobody, 1)], rows, sequences, width, tokens)), pages)
+            logits = model(ops.batch(make_batch([(nobody, 1)], rows, sequences, width, tokens)), pages)
+            ops.logprobs(logits, ops.sample(logits, engine.sampler), 1)
 
     engine.ops.rehearse(steps)
 

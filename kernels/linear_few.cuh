@@ -169,7 +169,10 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const v
         __syncthreads();  // the sums' place is free again
     };
 
-    dependents_may_start();
+    // The next kernel fetches its first weights as soon as it starts: the activations of more than two tokens, all of
+    // them wanted on every SM, take longer behind those than that kernel gains.
+    const bool starts_dependents_late = tokens > 2;
+    if (!starts_dependents_late) dependents_may_start();
 #pragma unroll 1
     for (unsigned slot = ring; slot != ring_end; slot += Tile::BYTES) fetch(slot);
     if (DIVISION == UNDIVIDED && norm.weight) load_eight(norm_weight, norm.weight, column(lane / CHUNKS, 0), K);
@@ -178,6 +181,7 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const v
     wait_for_predecessor();
     if (DIVISION == UNDIVIDED && norm.weight) load_normed();
     else load_x();
+    if (starts_dependents_late) dependents_may_start();
 
     // Lane t of token g finds the chunk of a step 4 chunks further each step, the swizzle apart.
     const int token = min(g, tokens - 1), swizzle = (token & 1) * 4;  // columns past the last token repeat it, unused

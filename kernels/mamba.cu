@@ -305,22 +305,23 @@ template <bool ONE> __device__ __forceinline__ void scan(const Scan& p) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
     scan_one(const __half* projected, const float* convolved, const int* __restrict__ starts,
-             const int* __restrict__ positions, const int* __restrict__ slots, int heads, int head_dim, int groups, int group_heads,
-             const float* __restrict__ weight, const float* __restrict__ bias, const float* __restrict__ A,
-             const float* __restrict__ D, const float* __restrict__ dt_bias, float in_factor, __half* recent,
-             float* state, float* __restrict__ out) {
-    scan<true>({projected, convolved, starts, positions, slots, heads, head_dim, groups, group_heads, weight, bias, A, D, dt_bias,
-                in_factor, recent, state, out});
+             const int* __restrict__ positions, const int* __restrict__ slots, int heads, int head_dim, int groups,
+             int group_heads, const float* __restrict__ weight, const float* __restrict__ bias,
+             const float* __restrict__ A, const float* __restrict__ D, const float* __restrict__ dt_bias,
+             float in_factor, __half* recent, float* state, float* __restrict__ out) {
+    scan<true>({projected, convolved, starts, positions, slots, heads, head_dim, groups, group_heads, weight, bias, A,
+                D, dt_bias, in_factor, recent, state, out});
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 3)
     scan_many(const __half* projected, const float* convolved,
               const int* __restrict__ starts, const int* __restrict__ positions, const int* __restrict__ slots,
-              int heads, int head_dim, int groups, int group_heads, const float* __restrict__ weight, const float* __restrict__ bias,
-              const float* __restrict__ A, const float* __restrict__ D, const float* __restrict__ dt_bias,
-              float in_factor, __half* recent, float* state, float* __restrict__ out) {
-    scan<false>({projected, convolved, starts, positions, slots, heads, head_dim, groups, group_heads, weight, bias, A, D, dt_bias,
-                 in_factor, recent, state, out});
+              int heads, int head_dim, int groups, int group_heads, const float* __restrict__ weight,
+              const float* __restrict__ bias, const float* __restrict__ A, const float* __restrict__ D,
+              const float* __restrict__ dt_bias, float in_factor, __half* recent, float* state,
+              float* __restrict__ out) {
+    scan<false>({projected, convolved, starts, positions, slots, heads, head_dim, groups, group_heads, weight, bias, A,
+                 D, dt_bias, in_factor, recent, state, out});
 }
 
 // grid (T, groups), block of whole warps, up to NORM_THREADS: RMSNorm over `size` neighbours of y * silu(z), to fp16

@@ -4,7 +4,6 @@
 // Each thread has VECTORS times WIDTH neighbours of the row in registers; both by -D, WIDTH 4 or, where d is no multiple
 // of four, 1.
 constexpr int THREADS = 512, WARPS = THREADS / 32;
-constexpr int FIRST_PASS = 0;
 
 using Numbers = float[VECTORS][WIDTH];
 using Raw = uint4[VECTORS];  // four floats, or as many halves in the first two words
@@ -86,35 +85,30 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     load(raw1, weight1, 0, 0, d, 1.0f), load(raw2, weight2, 0, 0, d, 1.0f), load(raw, weight, 0, 0, d, 1.0f);
     convert(w1, raw1, 0, 1.0f), convert(w2, raw2, 0, 1.0f), convert(w, raw, 0, 1.0f);
     const float of_d = __fdividef(1.0f, d);
-    // The first pass, of no numbers, brings the code near while the predecessor is still running.
-#pragma unroll 1
-    for (int pass = FIRST_PASS; pass < 2; pass++) {
-        if (pass) wait_for_predecessor();
-        const int size = pass ? d : 0;
-        load(raw1, x1, half1, blockIdx.x, size), load(raw2, x2, half2, blockIdx.x, size);
-        load(raw, residual, 0, blockIdx.x, size);
-        const float row1 = rows1 && pass ? rows1[blockIdx.x] : 1.0f, row2 = rows2 && pass ? rows2[blockIdx.x] : 1.0f;
-        convert(a, raw1, half1, factor1 * row1), convert(b, raw2, half2, factor2 * row2), convert(h, raw, 0, 1.0f);
-        float2 inverse = make_float2(1, 1);
-        if (weight1 || weight2) {
-            const float2 squares = block_sums(make_float2(sum_of_squares(a), sum_of_squares(b)));
-            if (weight1) inverse.x = rsqrtf(fmaf(squares.x, of_d, eps1));
-            if (weight2) inverse.y = rsqrtf(fmaf(squares.y, of_d, eps2));
-        }
+    wait_for_predecessor();
+    load(raw1, x1, half1, blockIdx.x, d), load(raw2, x2, half2, blockIdx.x, d);
+    load(raw, residual, 0, blockIdx.x, d);
+    const float row1 = rows1 ? rows1[blockIdx.x] : 1.0f, row2 = rows2 ? rows2[blockIdx.x] : 1.0f;
+    convert(a, raw1, half1, factor1 * row1), convert(b, raw2, half2, factor2 * row2), convert(h, raw, 0, 1.0f);
+    float2 inverse = make_float2(1, 1);
+    if (weight1 || weight2) {
+        const float2 squares = block_sums(make_float2(sum_of_squares(a), sum_of_squares(b)));
+        if (weight1) inverse.x = rsqrtf(fmaf(squares.x, of_d, eps1));
+        if (weight2) inverse.y = rsqrtf(fmaf(squares.y, of_d, eps2));
+    }
 #pragma unroll
-        for (int j = 0; j < VECTORS; j++)
+    for (int j = 0; j < VECTORS; j++)
 #pragma unroll
-            for (int i = 0; i < WIDTH; i++) a[j][i] = a[j][i] * inverse.x * w1[j][i] + b[j][i] * inverse.y * w2[j][i];
-        const float outer = weight ? rsqrtf(fmaf(block_sums(make_float2(sum_of_squares(a), 0)).x, of_d, eps)) : 1.0f;
+        for (int i = 0; i < WIDTH; i++) a[j][i] = a[j][i] * inverse.x * w1[j][i] + b[j][i] * inverse.y * w2[j][i];
+    const float outer = weight ? rsqrtf(fmaf(block_sums(make_float2(sum_of_squares(a), 0)).x, of_d, eps)) : 1.0f;
 #pragma unroll
-        for (int j = 0; j < VECTORS; j++) {
-            const int at = WIDTH * (threadIdx.x + j * THREADS);
+    for (int j = 0; j < VECTORS; j++) {
+        const int at = WIDTH * (threadIdx.x + j * THREADS);
 #pragma unroll
-            for (int i = 0; i < WIDTH; i++) h[j][i] = (h[j][i] + a[j][i] * outer * w[j][i]) * scale;
-            if (at >= size) continue;
-            float* const to = residual + (size_t)blockIdx.x * d + at;
-            if constexpr (WIDTH == 1) to[0] = h[j][0];
-            else *reinterpret_cast<float4*>(to) = make_float4(h[j][0], h[j][1], h[j][2], h[j][3]);
-        }
+        for (int i = 0; i < WIDTH; i++) h[j][i] = (h[j][i] + a[j][i] * outer * w[j][i]) * scale;
+        if (at >= d) continue;
+        float* const to = residual + (size_t)blockIdx.x * d + at;
+        if constexpr (WIDTH == 1) to[0] = h[j][0];
+        else *reinterpret_cast<float4*>(to) = make_float4(h[j][0], h[j][1], h[j][2], h[j][3]);
     }
 }

@@ -6,11 +6,6 @@
 
 constexpr int WARPS = 16, THREADS = WARPS * 32;
 constexpr int COUNTERS = 4;  // threads that find an expert's place
-#if __CUDA_ARCH__ >= 900
-constexpr int FIRST_PASS = 0;
-#else
-constexpr int FIRST_PASS = 1;
-#endif
 constexpr int PARTS = 8;     // blocks of `route_few` for a token: where there are clusters, one
 #if __CUDA_ARCH__ >= 900
 #define IN_CLUSTERS __cluster_dims__(PARTS)
@@ -67,10 +62,9 @@ __device__ __forceinline__ void prepare(const Rule& rule, float* shared) {
     }
 }
 
-// A block, for one token, after `prepare`. All sums in a fixed order; of equal scores the lowest index; a NaN last, so that ids are
-// distinct whatever the logits. Loops are not unrolled: a step's kernels share the instruction cache.
-__device__ __forceinline__ void choose(const Rule& rule, float* shared, bool store, int* ids,
-                                       float* weights) {
+// A block, for one token, after `prepare`. All sums in a fixed order; of equal scores the lowest index; a NaN last, so
+// that ids are distinct whatever the logits. Loops are not unrolled: a step's kernels share the instruction cache.
+__device__ __forceinline__ void choose(const Rule& rule, float* shared, int* ids, float* weights) {
     __shared__ float maxima[WARPS], totals[WARPS];
     const int experts = rule.experts, groups = rule.groups, quads = (experts + 3) / 4;
     float *const ranked = shared, *const scores = logits_in(shared, rule), *const corrections = scores + experts;
@@ -159,7 +153,6 @@ __device__ __forceinline__ void choose(const Rule& rule, float* shared, bool sto
     for (int slot = threadIdx.x; slot < rule.top_k; slot += 32) {
         const int expert = chosen[slot];
         const float weight = scores[expert] * scale;
-        if (!store) continue;
         ids[slot] = expert;
         weights[slot] = rule.expert_scale ? weight * expert_scales[expert] : weight;
     }
@@ -181,7 +174,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll 1
     for (int e = threadIdx.x; e < experts; e += THREADS)
         logits_in(shared, rule)[e] = logits[(size_t)blockIdx.x * experts + e];
-    choose(rule, shared, true, ids + (size_t)blockIdx.x * top_k, weights + (size_t)blockIdx.x * top_k);
+    choose(rule, shared, ids + (size_t)blockIdx.x * top_k, weights + (size_t)blockIdx.x * top_k);
 }
 
 // Few tokens: x float32 [T][K] -> norm -> router -> choice, grid (PARTS, T). A token's blocks share out the tiles of 64
@@ -249,120 +242,111 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 2)
     prepare(rule, shared);
 #pragma unroll 1
     for (int e = threadIdx.x; e < experts; e += THREADS) scales[e] = row_scale[e], biases[e] = bias ? bias[e] : 0.0f;
+    wait_for_predecessor();
 
-    // The first pass, of ones and without results, brings the code near while the predecessor is still running.
+    float squares = 0.0f;
 #pragma unroll 1
-    for (int pass = FIRST_PASS; pass < 2; pass++) {
-        if (pass) wait_for_predecessor();
-        float squares = 0.0f;
-#pragma unroll 1
-        for (unsigned i = threadIdx.x; i < own * DENSE_K; i += THREADS) {
-            float value = pass ? 0.0f : 1.0f;
-            if (pass && column(i) < K) value = x[column(i)];
-            columns[i] *= value;
-            squares = fmaf(value, value, squares);
-        }
-        squares = of_block(squares, warp_squares, [](float x, float y) { return x + y; });
-
-        float low, high;  // of rows g and g + 8
-        auto multiply = [&](const uint4 (&tile)[WEIGHT_PLANES * FRAGMENTS], int j) {
-            const float4* four = reinterpret_cast<const float4*>(columns + j * DENSE_K) + 2 * t;
-#pragma unroll
-            for (int i = 0; i < FRAGMENTS; i++) {
-                const float4 v = four[i / 2 * 8 + i % 2];
-#pragma unroll
-                for (int p = 0; p < WEIGHT_PLANES; p++) {
-                    const uint4 w = tile[p * FRAGMENTS + i];
-                    const float2 a = __half22float2(as_half2(w.x)), b = __half22float2(as_half2(w.z));
-                    const float2 c = __half22float2(as_half2(w.y)), d = __half22float2(as_half2(w.w));
-                    low = fmaf(a.x, v.x, fmaf(a.y, v.y, fmaf(b.x, v.z, fmaf(b.y, v.w, low))));
-                    high = fmaf(c.x, v.x, fmaf(c.y, v.y, fmaf(d.x, v.z, fmaf(d.y, v.w, high))));
-                }
-            }
-        };
-        // What a warp's columns add to its experts' logits.
-        auto products = [&](float* parts) {
-            const int end = pass ? own : min(own, j0 + HELD * sharers);
-#pragma unroll 1
-            while (row_tile < row_tiles) {
-                low = high = 0.0f;
-#pragma unroll 1
-                for (int j = j0; j < end;) {
-#pragma unroll
-                    for (int h = 0; h < HELD; h++, j += sharers) {
-                        if (j >= end) break;
-                        multiply(raw[h], j);
-                        if (j + HELD * sharers < end) load(raw[h], j + HELD * sharers);
-                    }
-                }
-#pragma unroll
-                for (int offset = 1; offset < 4; offset *= 2) {
-                    low += __shfl_xor_sync(~0u, low, offset);
-                    high += __shfl_xor_sync(~0u, high, offset);
-                }
-                float* const to = parts + (part * sharers + j0) * stride + row_tile * 16 + g;
-                if (t == 0) to[0] = low, to[8] = high;
-                if (!pass) break;
-                row_tile += WARPS >> sharing;
-                load_first();
-            }
-        };
-#if __CUDA_ARCH__ >= 900
-        if (pass == FIRST_PASS) asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
-        auto in_block = [](float* p, int rank) {
-            float* remote;
-            asm("mapa.u64 %0, %1, %2;" : "=l"(remote) : "l"(p), "r"(rank));
-            return remote;
-        };
-        float* const parts = inbox;
-        float* const to = in_block(inbox, 0);
-        if (threadIdx.x < PARTS) in_block(all_squares + part, threadIdx.x)[0] = squares;
-        products(to);
-        asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-        const bool chooses = part == 0;
-#else
-        __shared__ int is_last;
-        float* const parts = partial + (size_t)token * ((PARTS << sharing) * stride + PARTS);
-        products(parts);
-        if (threadIdx.x == 0) parts[(PARTS << sharing) * stride + part] = squares;
-        __threadfence();
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            is_last = atomicAdd(&tickets[token], 1) == PARTS - 1;
-            if (is_last) tickets[token] = 0;
-        }
-        __syncthreads();
-        if (!is_last) return;
-        __threadfence();
-        const bool chooses = true;
-#endif
-        float total = 0.0f;
-#pragma unroll
-        for (int p = 0; p < PARTS; p++) total += parts[(PARTS << sharing) * stride + p];
-        const float mean = __fdividef(total, K), scale = factor * rsqrtf(mean + experts_eps);
-        if (chooses) {
-            const float inverse = rsqrtf(mean + eps);
-#pragma unroll 1
-            for (int e = threadIdx.x; e < experts; e += THREADS) {
-                const float* from = parts + e;
-                float sum = 0.0f;
-#pragma unroll 1
-                for (int sharer = 0; sharer < sharers; sharer++, from += PARTS * stride)
-#pragma unroll
-                    for (int p = 0; p < PARTS; p++) sum += from[p * stride];
-                logits_in(shared, rule)[e] = sum * scales[e] * inverse + biases[e];
-            }
-            choose(rule, shared, pass, ids + (size_t)token * top_k, weights + (size_t)token * top_k);
-        }
-#if __CUDA_ARCH__ >= 900
-#pragma unroll 1
-        for (unsigned i = threadIdx.x; i < own * DENSE_K; i += THREADS)
-            if (pass && column(i) < K)
-                normed_rows[column(i)] = __float2half_rn(x[column(i)] * scale * gains[i]);
-#else
-#pragma unroll 1
-        for (int k = threadIdx.x; k < K; k += THREADS)
-            normed_rows[k] = __float2half_rn(x[k] * scale * experts_norm[k]);
-#endif
+    for (unsigned i = threadIdx.x; i < own * DENSE_K; i += THREADS) {
+        const float value = column(i) < K ? x[column(i)] : 0.0f;
+        columns[i] *= value;
+        squares = fmaf(value, value, squares);
     }
+    squares = of_block(squares, warp_squares, [](float x, float y) { return x + y; });
+
+    float low, high;  // of rows g and g + 8
+    auto multiply = [&](const uint4 (&tile)[WEIGHT_PLANES * FRAGMENTS], int j) {
+        const float4* four = reinterpret_cast<const float4*>(columns + j * DENSE_K) + 2 * t;
+#pragma unroll
+        for (int i = 0; i < FRAGMENTS; i++) {
+            const float4 v = four[i / 2 * 8 + i % 2];
+#pragma unroll
+            for (int p = 0; p < WEIGHT_PLANES; p++) {
+                const uint4 w = tile[p * FRAGMENTS + i];
+                const float2 a = __half22float2(as_half2(w.x)), b = __half22float2(as_half2(w.z));
+                const float2 c = __half22float2(as_half2(w.y)), d = __half22float2(as_half2(w.w));
+                low = fmaf(a.x, v.x, fmaf(a.y, v.y, fmaf(b.x, v.z, fmaf(b.y, v.w, low))));
+                high = fmaf(c.x, v.x, fmaf(c.y, v.y, fmaf(d.x, v.z, fmaf(d.y, v.w, high))));
+            }
+        }
+    };
+    // What a warp's columns add to its experts' logits.
+    auto products = [&](float* parts) {
+#pragma unroll 1
+        while (row_tile < row_tiles) {
+            low = high = 0.0f;
+#pragma unroll 1
+            for (int j = j0; j < own;) {
+#pragma unroll
+                for (int h = 0; h < HELD; h++, j += sharers) {
+                    if (j >= own) break;
+                    multiply(raw[h], j);
+                    if (j + HELD * sharers < own) load(raw[h], j + HELD * sharers);
+                }
+            }
+#pragma unroll
+            for (int offset = 1; offset < 4; offset *= 2) {
+                low += __shfl_xor_sync(~0u, low, offset);
+                high += __shfl_xor_sync(~0u, high, offset);
+            }
+            float* const to = parts + (part * sharers + j0) * stride + row_tile * 16 + g;
+            if (t == 0) to[0] = low, to[8] = high;
+            row_tile += WARPS >> sharing;
+            load_first();
+        }
+    };
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+    auto in_block = [](float* p, int rank) {
+        float* remote;
+        asm("mapa.u64 %0, %1, %2;" : "=l"(remote) : "l"(p), "r"(rank));
+        return remote;
+    };
+    float* const parts = inbox;
+    float* const to = in_block(inbox, 0);
+    if (threadIdx.x < PARTS) in_block(all_squares + part, threadIdx.x)[0] = squares;
+    products(to);
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    const bool chooses = part == 0;
+#else
+    __shared__ int is_last;
+    float* const parts = partial + (size_t)token * ((PARTS << sharing) * stride + PARTS);
+    products(parts);
+    if (threadIdx.x == 0) parts[(PARTS << sharing) * stride + part] = squares;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        is_last = atomicAdd(&tickets[token], 1) == PARTS - 1;
+        if (is_last) tickets[token] = 0;
+    }
+    __syncthreads();
+    if (!is_last) return;
+    __threadfence();
+    const bool chooses = true;
+#endif
+    float total = 0.0f;
+#pragma unroll
+    for (int p = 0; p < PARTS; p++) total += parts[(PARTS << sharing) * stride + p];
+    const float mean = __fdividef(total, K), scale = factor * rsqrtf(mean + experts_eps);
+    if (chooses) {
+        const float inverse = rsqrtf(mean + eps);
+#pragma unroll 1
+        for (int e = threadIdx.x; e < experts; e += THREADS) {
+            const float* from = parts + e;
+            float sum = 0.0f;
+#pragma unroll 1
+            for (int sharer = 0; sharer < sharers; sharer++, from += PARTS * stride)
+#pragma unroll
+                for (int p = 0; p < PARTS; p++) sum += from[p * stride];
+            logits_in(shared, rule)[e] = sum * scales[e] * inverse + biases[e];
+        }
+        choose(rule, shared, ids + (size_t)token * top_k, weights + (size_t)token * top_k);
+    }
+#if __CUDA_ARCH__ >= 900
+#pragma unroll 1
+    for (unsigned i = threadIdx.x; i < own * DENSE_K; i += THREADS)
+        if (column(i) < K) normed_rows[column(i)] = __float2half_rn(x[column(i)] * scale * gains[i]);
+#else
+#pragma unroll 1
+    for (int k = threadIdx.x; k < K; k += THREADS) normed_rows[k] = __float2half_rn(x[k] * scale * experts_norm[k]);
+#endif
 }

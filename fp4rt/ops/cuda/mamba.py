@@ -86,14 +86,13 @@ def mamba(device: Device, projected: Activation, batch: DeviceBatch, state: Stat
     device.kernel("mamba", "scan_one" if convolved is None else "scan_many", **defines)(
         (-(-shape.head_dim // block_rows), shape.num_heads, sequences), _THREADS, projected.data, convolved,
         batch.starts, batch.positions, batch.slots, shape.num_heads, shape.head_dim, shape.num_groups,
-        shape.num_heads // shape.num_groups, weight.conv,
-        weight.conv_bias, weight.A, weight.D, weight.dt_bias, factor, state.recent, state.ssm, y, pdl=True)
+        shape.num_heads // shape.num_groups, weight.conv, weight.conv_bias, weight.A, weight.D, weight.dt_bias, factor,
+        state.recent, state.ssm, y, pdl=True)
     size = shape.inner // shape.num_groups
     bound = math.sqrt(size) * weight.largest
     exponent = exponent_for(bound)
     out = device.scratch((tokens, shape.inner), np.float16)
     device.kernel("mamba", "gated_norm", **defines)(
-        (tokens, shape.num_groups), min(_NORM_THREADS, -(-size // 128) * 32), y, projected.data,
-        shape.input_width, factor, batch.starts, sequences,
-        size, weight.norm, weight.eps, math.ldexp(1.0, -exponent), out, pdl=True)
+        (tokens, shape.num_groups), min(_NORM_THREADS, -(-size // 128) * 32), y, projected.data, shape.input_width,
+        factor, batch.starts, sequences, size, weight.norm, weight.eps, math.ldexp(1.0, -exponent), out, pdl=True)
     return Activation(out, exponent, bound, math.sqrt(shape.inner) * weight.largest)

@@ -101,7 +101,8 @@ def _few(device: Device, x: Normed, packed: Packed, norm: Norm, ids: cupy.ndarra
         partial = None if device.has_pdl else device.scratch((tokens, _partial(packed)), np.float32)
         kernel((_PARTS, tokens), _THREADS, given, k, norm.weight, norm.eps, x.norm.weight, x.norm.eps,
                math.ldexp(1.0, -x.exponent), y.data[rows], packed.tiles, packed.row_scale, packed.bias,
-               packed.row_tiles, _sharing(packed), partial, packed.tickets, ids[rows], weights[rows], *rule, shared=shared, pdl=True)
+               packed.row_tiles, _sharing(packed), partial, packed.tickets, ids[rows], weights[rows], *rule,
+               shared=shared, pdl=True)
 
 
 def _sharing(packed: Packed) -> int:

@@ -27,19 +27,21 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     __syncthreads();
     const float length = row_length<THREADS / 32>(squares, 1, d, eps), scale = factor / length;
     if (rows && threadIdx.x == 0) rows[blockIdx.x] = length;
-    auto put = [&](int i, float4 w) {
+    // A thread's next quad is THREADS / 32 times 128 columns on: that many pairs of slabs.
+    const size_t first = ordered_word(4 * threadIdx.x, blockIdx.x, padded, interleaved, blockIdx.x % 8);
+    auto put = [&](int n, float4 w) {  // quad n of the thread
+        const int i = threadIdx.x + n * THREADS;
         if (i >= quads) return;
         const uint2 four = normed(reinterpret_cast<const float4*>(x)[i], scale, w);
         if (ORDERED) {
-            unsigned* const words = reinterpret_cast<unsigned*>(y);
-            words[ordered_word(4 * i, blockIdx.x, padded, interleaved, blockIdx.x % 8)] = four.x;
-            words[ordered_word(4 * i + 2, blockIdx.x, padded, interleaved, blockIdx.x % 8)] = four.y;
+            unsigned* const word = reinterpret_cast<unsigned*>(y) + (size_t)n * (THREADS / 32 * 2 * 32) * padded;
+            word[first] = four.x, word[first ^ 4] = four.y;  // an even pair and the next: chunks that differ in one bit
         } else reinterpret_cast<uint2*>(y)[i] = four;
     };
 #pragma unroll
-    for (int n = 0; n < EARLY; n++) put(threadIdx.x + n * THREADS, early[n]);
+    for (int n = 0; n < EARLY; n++) put(n, early[n]);
 #pragma unroll 1
-    for (int i = threadIdx.x + EARLY * THREADS; i < quads; i += THREADS) put(i, weights(i));
+    for (int n = EARLY; n * THREADS < quads; n++) put(n, weights(threadIdx.x + n * THREADS));
     if (!ORDERED)
 #pragma unroll 1
         for (int i = 4 * quads + threadIdx.x; i < d; i += THREADS)

@@ -1,8 +1,8 @@
 // What follows a sublayer in models that norm after it: (residual + norm(sum of norm_i(x_i))) * scale.
 #include "mma.cuh"
 
-// Each thread has VECTORS times WIDTH neighbours of the row in registers; both by -D, WIDTH 4 or, where d is no multiple
-// of four, 1.
+// Each thread has VECTORS times WIDTH neighbours of the row in registers, both by -D: WIDTH is 4 or, where d is no
+// multiple of four, 1.
 constexpr int THREADS = 512, WARPS = THREADS / 32;
 
 using Numbers = float[VECTORS][WIDTH];

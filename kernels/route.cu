@@ -72,26 +72,26 @@ __device__ __forceinline__ void choose(const Rule& rule, float* shared, int* ids
     int* const chosen = reinterpret_cast<int*>(best_two + groups);
     const float infinity = __int_as_float(0x7f800000);
 
-    // Where only the chosen ones' softmax stays, the best logits are the best scores.
-    const bool direct = !rule.sigmoid && rule.normalize && !rule.correction && groups == 1;
-    if (!direct) {
-        float most = 0.0f, sum = 1.0f;
-        if (!rule.sigmoid) {
-            most = -infinity, sum = 0.0f;
+    float most = 0.0f, sum = 1.0f;
+    if (!rule.sigmoid) {
+        most = -infinity;
 #pragma unroll 1
-            for (int e = threadIdx.x; e < experts; e += THREADS) most = fmaxf(most, scores[e]);
-            most = of_block(most, maxima, [](float x, float y) { return fmaxf(x, y); });
+        for (int e = threadIdx.x; e < experts; e += THREADS) most = fmaxf(most, scores[e]);
+        most = of_block(most, maxima, [](float x, float y) { return fmaxf(x, y); });
+        // Normalising divides what a softmax divides by out again.
+        if (!rule.normalize || rule.correction) {
+            sum = 0.0f;
 #pragma unroll 1
             for (int e = threadIdx.x; e < experts; e += THREADS) sum += expf(scores[e] - most);
             sum = of_block(sum, totals, [](float x, float y) { return x + y; });
         }
+    }
 #pragma unroll 1
-        for (int e = threadIdx.x; e < experts; e += THREADS) {
-            const float power = expf(rule.sigmoid ? -scores[e] : scores[e] - most);
-            const float score = (rule.sigmoid ? 1.0f : power) / (rule.sigmoid ? 1.0f + power : sum);
-            scores[e] = score;
-            ranked[e] = rule.correction ? score + corrections[e] : score;
-        }
+    for (int e = threadIdx.x; e < experts; e += THREADS) {
+        const float power = expf(rule.sigmoid ? -scores[e] : scores[e] - most);
+        const float score = (rule.sigmoid ? 1.0f : power) / (rule.sigmoid ? 1.0f + power : sum);
+        scores[e] = score;
+        ranked[e] = rule.correction ? score + corrections[e] : score;
     }
 
     if (groups > 1) {
@@ -122,7 +122,7 @@ __device__ __forceinline__ void choose(const Rule& rule, float* shared, int* ids
 
 #pragma unroll 1
     for (int e = threadIdx.x; e < 4 * quads; e += THREADS)
-        ranked[e] = __uint_as_float(e < experts ? ordered(direct ? scores[e] : ranked[e]) : 0);
+        ranked[e] = __uint_as_float(e < experts ? ordered(ranked[e]) : 0);
     __syncthreads();
     // An expert's place is how many are before it: of those in front of its own quad, the equal ones, too.
 #pragma unroll 1
@@ -145,16 +145,14 @@ __device__ __forceinline__ void choose(const Rule& rule, float* shared, int* ids
     }
     __syncthreads();
     if (threadIdx.x >= 32) return;
-    const float best = scores[chosen[0]];
-    auto score = [&](int expert) { return direct ? expf(scores[expert] - best) : scores[expert]; };
     float total = 0.0f;
 #pragma unroll 1
-    for (int slot = threadIdx.x; slot < rule.top_k; slot += 32) total += score(chosen[slot]);
+    for (int slot = threadIdx.x; slot < rule.top_k; slot += 32) total += scores[chosen[slot]];
     const float scale = rule.normalize ? rule.scaling / (warp_sum(total) + 1e-20f) : rule.scaling;
 #pragma unroll 1
     for (int slot = threadIdx.x; slot < rule.top_k; slot += 32) {
         const int expert = chosen[slot];
-        const float weight = score(expert) * scale;
+        const float weight = scores[expert] * scale;
         ids[slot] = expert;
         weights[slot] = rule.expert_scale ? weight * expert_scales[expert] : weight;
     }

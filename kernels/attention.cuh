@@ -84,7 +84,7 @@ struct Head {
         }
 #pragma unroll
         for (int offset = 16; offset; offset /= 2) squares += __shfl_xor_sync(~0u, squares, offset);
-        const float inverse = 1 / sqrtf(squares / HEAD_DIM + eps);
+        const float inverse = __fdividef(1.0f, sqrtf(squares / HEAD_DIM + eps));
 #pragma unroll
         for (int i = 0; i < HEAD_STEPS; i++) {
             low[i].x *= inverse * weight.low[i].x, low[i].y *= inverse * weight.low[i].y;

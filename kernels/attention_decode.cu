@@ -5,13 +5,20 @@
 
 constexpr int BLOCKS = WARPS > 4 || PART_DIM > 128 || HEAD_TILES > 1 ? 2 : 3;  // of an SM that registers are left for
 constexpr int WARP_HEADS = HEADS / WARPS;  // that one warp opens
-constexpr int LATER_TILES = 3;  // of a warp that are brought to L2 ahead of the predecessor where none are staged
+constexpr int LATER_TURNS = 5;  // whose keys and values are brought to L2 ahead of the predecessor, if not closer
 constexpr int CHAINS = SPLIT == 1 ? 2 : 1;  // of products that wait for each other, as far as registers suffice
 constexpr int SHARE_STRIDE = HEAD_DIM + 4;  // of a warp's share of a head: a quad's heads lie in different banks
 constexpr int MAX_CHUNKS = 64;  // of one sequence
+constexpr int SHARES = PARTS > 1 ? 2 : 1;  // chunks whose shares a block has room for: one is written, one is read
 constexpr float LOWEST = -1e30f;  // below every score; the largest of no scores
 // Registers have room for keys and values that are read ahead of the predecessor, and for what opens heads, too.
-constexpr bool AHEAD = SPLIT == 1, PREPARED = HEAD_DIM <= 128;
+constexpr bool AHEAD = SPLIT == 1, PREPARED = HEAD_DIM <= 256;
+
+// An address that is computed here, and not where it is used.
+__device__ __forceinline__ const __half* known(const __half* p) {
+    if (PREPARED) asm volatile("" : "+l"(p));
+    return p;
+}
 
 // Counts one up and says what was there; orders what this block wrote before, and what it reads after.
 __device__ __forceinline__ int take_ticket(int* p) {
@@ -33,7 +40,7 @@ struct Merged {
     }
     // As the output has them; `sink` is a score without a value.
     __device__ __forceinline__ uint2 halves(float largest, float sink, float factor) const {
-        const float inverse = factor / (total + power_of_two(sink - largest));
+        const float inverse = __fdividef(factor, total + power_of_two(sink - largest));
         return make_uint2(as_bits(__floats2half2_rn(values.x * inverse, values.y * inverse)),
                           as_bits(__floats2half2_rn(values.z * inverse, values.w * inverse)));
     }
@@ -43,8 +50,8 @@ struct Merged {
 // keys are cut into chunks of whole turns by its own length alone: `spread` of them while that is at most short_turns
 // for each, then more, at most max_chunks. A block takes PARTS of them, one after the other. Blocks beyond them end
 // at once, so the grid holds for every length that the page table allows. The block of the last chunk writes the new
-// key and value. Where one cluster has all chunks, its blocks bring their shares to each other's shared memory, and
-// each adds up a slice of the numbers; else through `partial` [S, gridDim.x, gridDim.z * PARTS, heads of a block,
+// key and value. A cluster has all chunks: its blocks bring their shares to each other's shared memory, and each adds
+// up a slice of the numbers. Without clusters, chunks meet in `partial` [S, gridDim.x, gridDim.z, heads of a block,
 // HEAD_DIM] and statistics (the same without HEAD_DIM), and the block that finishes last adds them. Both add alike,
 // chunk by chunk, so neither clusters nor PARTS change a result; `tickets` [S, gridDim.x] is zero before and after.
 // Keys are tiled as rows (S^T = K q^T), so up to eight query heads cost one pass of the tensor cores. Sequences with
@@ -71,7 +78,7 @@ extern "C" __global__ void
                      int window, const float* __restrict__ sinks, float key_factor, float value_factor,
                      float out_factor, int spread, int short_turns, int max_chunks, float* partial,
                      float2* statistics, int* tickets, int ordered, __half* __restrict__ out) {
-    constexpr int PIECES = HEAD_DIM / 4;
+    constexpr int PIECES = HEAD_DIM / 4;  // of a head: four dimensions each
     // What waits there while keys are gone through: scores, for the warps with other dimensions, and tiles. At the very
     // end, the chunks' weights.
     union Waiting {
@@ -84,9 +91,9 @@ extern "C" __global__ void
     extern __shared__ __align__(16) unsigned char dynamic_shared[];
     Waiting& shared = *reinterpret_cast<Waiting*>(dynamic_shared);
     const int group = heads / kv_heads, slots = min(group, HEADS);  // room for heads
-    // [PARTS][KEY_WARPS][slots][SHARE_STRIDE]: the warps' shares; of one chunk, they come when nothing waits any more.
+    // [SHARES][KEY_WARPS][slots][SHARE_STRIDE]: the warps' shares; of one chunk, they come when nothing waits any more.
     float* const shares = reinterpret_cast<float*>(dynamic_shared + (PARTS > 1 ? sizeof(Waiting) : 0));
-    const int share_bytes = PARTS * KEY_WARPS * slots * SHARE_STRIDE * sizeof(float);
+    const int share_bytes = SHARES * KEY_WARPS * slots * SHARE_STRIDE * sizeof(float);
     __shared__ __align__(16) __half shared_q[HEADS][HEAD_DIM + 8];
     __shared__ __align__(16) Kv newest[2][HEAD_DIM];                       // the new key and value
 #if CLUSTER > 1
@@ -96,11 +103,16 @@ extern "C" __global__ void
     __shared__ float2 inbox_statistics[CLUSTER * PARTS][HEADS];
     __shared__ unsigned long long inbox_barrier;
     __shared__ int shared_slice;
+    __shared__ float shared_per_slice;
 #endif
-    __shared__ float2 shared_statistics[PARTS][KEY_WARPS][HEADS];  // (largest score, sum)
+    __shared__ float2 shared_statistics[SHARES][KEY_WARPS][HEADS];  // (largest score, sum)
     __shared__ float shared_sinks[HEADS];
-    __shared__ int last, shared_token;  // what follows the keys reads the token there: it would take a register
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    // What follows the keys reads these there, as they would take registers: the token, the first of its columns, chunks
+    // of the sequence, heads of this block and room for heads.
+    __shared__ struct { int token, column, chunks, heads, slots; } after;
+    __shared__ int last;
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // known to be the same for its lanes: no register of each
     const int key_warp = warp / SPLIT, first_dimension = warp % SPLIT * PART_DIM;
     const int row_tiles = gridDim.x / kv_heads;
     const int kv_head = blockIdx.x / row_tiles, first_head = blockIdx.x % row_tiles * HEADS;
@@ -119,11 +131,7 @@ extern "C" __global__ void
         wait_for_predecessor();
         return;
     }
-    auto put = [&](int token, int head, int dimension, uint2 four) {
-        // From the block's number, read anew: kept from above, this would take registers all along.
-        int block;
-        asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
-        const int column = (block / row_tiles * group + block % row_tiles * HEADS + head) * HEAD_DIM + dimension;
+    auto put = [&](int token, int column, uint2 four) {
         if (ordered) {
             unsigned* const words = reinterpret_cast<unsigned*>(out);
             words[ordered_word(column, token, ordered / 2, ordered % 2, token % 8)] = four.x;
@@ -133,11 +141,11 @@ extern "C" __global__ void
     if (length <= 0) {  // a padded row without a context
         wait_for_predecessor();
         for (int i = threadIdx.x; i < my_heads * PIECES; i += THREADS)
-            put(token, i / PIECES, i % PIECES * 4, make_uint2(0, 0));
+            put(token, (kv_head * group + first_head) * HEAD_DIM + i * 4, make_uint2(0, 0));
         return;
     }
     const int* table = pages + (size_t)sequence * table_width;
-    const int own_chunks = min(PARTS, chunks - first_chunk), owners = (chunks + PARTS - 1) / PARTS;
+    const int own_chunks = PARTS > 1 ? min(PARTS, chunks - first_chunk) : 1;
     const int each = turns / chunks, rest = turns % chunks;
     auto begin_of = [&](int chunk) { return (first_turn + chunk * each + min(chunk, rest)) * TURN; };
     const int end = min(length, begin_of(first_chunk + own_chunks));
@@ -189,54 +197,53 @@ extern "C" __global__ void
     if (STAGED) stage_keys(AHEAD ? key + TURN : key), stage_values(AHEAD ? key + TURN : key);
     // The last warps open the new key and value, beside their queries.
     const bool opens_value = warp == WARPS - 2, opens_newest = first_chunk + own_chunks == chunks && warp >= WARPS - 2;
-    const float* newest_norm = opens_value ? v_norm : k_norm;
-    if (opens_newest && newest_norm && 32 * lane < HEAD_DIM) prefetch(newest_norm + 32 * lane);
+    const float* newest_norm = opens_newest && others ? opens_value ? v_norm : k_norm : nullptr;
+    auto page_of_newest = [&] { return fetch(table + (length - 1) / PAGE); };
+    const int newest_page = PREPARED && opens_newest ? page_of_newest() : 0;
+    Head newest_weight;
+    if (newest_norm && PREPARED) newest_weight.load(reinterpret_cast<const float2*>(newest_norm));
+    else if (newest_norm && 32 * lane < HEAD_DIM) prefetch(newest_norm + 32 * lane);
     Opening opening;
     if (PREPARED) opening.load(q_norm, rope, length - 1);
-#pragma unroll(PREPARED ? LATER_TILES : 1)
-    for (int turn = AHEAD; !STAGED && turn <= LATER_TILES; turn++) {
-        const int later = key + turn * TURN;
-        if (later < end) {
-            const size_t place = place_of(later);
-            for (int i = lane * 128; i < TILE * PART_DIM * (int)sizeof(Kv); i += 32 * 128) {
-                const int at = i + first_dimension * (TILE - 1) * (int)sizeof(Kv);  // each warp its part
-                prefetch(reinterpret_cast<const char*>(keys + place) + at);
-                prefetch(reinterpret_cast<const char*>(values + place) + at);
-            }
+#pragma unroll 1
+    for (int turn = AHEAD + STAGED; turn < LATER_TURNS && key + turn * TURN < end; turn++) {
+        const size_t place = place_of(key + turn * TURN);
+        for (int i = lane * 128; i < TILE * PART_DIM * (int)sizeof(Kv); i += 32 * 128) {
+            const int at = i + first_dimension * (TILE - 1) * (int)sizeof(Kv);  // each warp its part
+            prefetch(reinterpret_cast<const char*>(keys + place) + at);
+            prefetch(reinterpret_cast<const char*>(values + place) + at);
         }
     }
-    // A piece is four dimensions of a head.
-    const int pieces = my_heads * PIECES;
-    const bool exchange = CLUSTER > 1 && owners <= CLUSTER;
 #if CLUSTER > 1
-    if (exchange && chunks > 1) {
+    if (chunks > 1) {
         if (threadIdx.x == 0) {
-            const int slice = (pieces + owners - 1) / owners;  // of one block of the cluster
+            const int pieces = my_heads * PIECES, owners = (chunks + PARTS - 1) / PARTS;  // blocks that have chunks
+            const int slice = (pieces + owners - 1) / owners;
             const int first_piece = blockIdx.z * slice, end_piece = min(first_piece + slice, pieces);
             const int slice_heads = (end_piece - 1) / PIECES - first_piece / PIECES + 1;
             const int bytes = (end_piece - first_piece) * sizeof(float4) + slice_heads * sizeof(float2);
             inbox_expect(&inbox_barrier, first_piece < pieces ? chunks * bytes : 0);
-            shared_slice = slice;
+            shared_slice = slice, shared_per_slice = 1.0f / slice;
         }
         inboxes_wait_open();
     }
 #endif
-    if (threadIdx.x == 0) shared_token = token;
+    if (threadIdx.x == 0)
+        after = {token, (kv_head * group + first_head) * HEAD_DIM, chunks, my_heads, slots};
     if (threadIdx.x < my_heads)
         shared_sinks[threadIdx.x] = sink_score(sinks, kv_head * group + first_head + threadIdx.x);
+    const __half* row = qkv + (size_t)token * (heads + others) * HEAD_DIM;
+    const __half* const q_row = known(row + (kv_head * group + first_head + warp) * HEAD_DIM);
+    const __half* const newest_row = known(row + (heads + (opens_value ? others - kv_heads : 0) + kv_head) * HEAD_DIM);
 
     wait_for_predecessor();
     if (!PREPARED) opening.load(q_norm, rope, length - 1);
-    const __half* row = qkv + (size_t)token * (heads + others) * HEAD_DIM;
     Head head[WARP_HEADS], newest_head;
 #pragma unroll
     for (int i = 0; i < WARP_HEADS; i++)
         if (warp + i * WARPS < my_heads)
-            head[i].load_half(row + (kv_head * group + first_head + warp + i * WARPS) * HEAD_DIM);
-    auto load_newest = [&] {
-        newest_head.load_half(row + (heads + (opens_value ? others - kv_heads : 0) + kv_head) * HEAD_DIM);
-    };
-    if (PREPARED && opens_newest && others) load_newest();
+            head[i].load_half(q_row + i * WARPS * HEAD_DIM);
+    if (PREPARED && opens_newest && others) newest_head.load_half(newest_row);
 #pragma unroll
     for (int i = 0; i < WARP_HEADS; i++) {
         __half* to = shared_q[warp + i * WARPS];
@@ -248,15 +255,13 @@ extern "C" __global__ void
         }
     }
     if (opens_newest) {
-        const int page = fetch(table + (length - 1) / PAGE);
-        const size_t place = head_in_page(page, kv_heads, kv_head, (length - 1) % PAGE);
+        const size_t place = head_in_page(PREPARED ? newest_page : page_of_newest(), kv_heads, kv_head, (length - 1) % PAGE);
         Kv* store = (opens_value ? values : keys) + place;
         if (others) {
-            if (!PREPARED) load_newest();
+            if (!PREPARED) newest_head.load_half(newest_row);
             if (newest_norm) {
-                Head weight;
-                weight.load(reinterpret_cast<const float2*>(newest_norm));
-                newest_head.norm(weight, opens_value ? v_eps : k_eps, value_scale);
+                if (!PREPARED) newest_weight.load(reinterpret_cast<const float2*>(newest_norm));
+                newest_head.norm(newest_weight, opens_value ? v_eps : k_eps, value_scale);
             }
             if (rope && !opens_value) newest_head.rotate(opening.rotation);
             newest_head.store(newest[opens_value], opens_value ? value_factor : key_factor);
@@ -280,9 +285,11 @@ extern "C" __global__ void
         }
     }
 
-    int turn = 0;
+    auto slot_of = [&](int chunk, int head) {  // where memory holds what a chunk knows of a head
+        return (((size_t)blockIdx.y * gridDim.x + blockIdx.x) * gridDim.z + chunk) * after.slots + head;
+    };
 #pragma unroll 1
-    for (int part = 0; part < PARTS; part++) {
+    for (int part = 0; part < own_chunks; part++) {
         const int stop = PARTS > 1 ? min(end, begin_of(first_chunk + part + 1)) : end;
         float o[HEAD_TILES][PART_DIM / 16][4];
         float largest[HEAD_TILES][2], sums[HEAD_TILES][2];  // of heads 2t and 2t+1
@@ -293,7 +300,7 @@ extern "C" __global__ void
             largest[n][0] = largest[n][1] = -INFINITY;
             sums[n][0] = sums[n][1] = 0;
         }
-        for (; key < stop; key += TURN, turn ^= 1) {
+        for (; key < stop; key += TURN) {
             const int next = key + TURN, new_row = length - 1 - key;
             if (new_row < TILE) {  // memory may lack this row; behind it weights are zero, but need numbers
                 if (new_row == g) k[0].load_shared(newest[0] + first_dimension, t);
@@ -325,6 +332,7 @@ extern "C" __global__ void
                 stage_keys(next + TURN);
             } else if (next < end) load_keys(place_of(next));
             if (SPLIT > 1) {  // two sets of room: a warp writes one again only after the others have read it
+                const int turn = key / TURN % 2;
                 shared.scores[turn][warp][lane] = make_float4(s[0][0], s[0][1], s[0][2], s[0][3]);
                 barrier_wait(1 + key_warp, 32 * SPLIT);
                 s[0][0] = s[0][1] = s[0][2] = s[0][3] = 0;
@@ -376,6 +384,7 @@ extern "C" __global__ void
             } else if (next < end) v.load(values + place_of(next), g, t);
         }
 
+        const int set = part % SHARES, slots = after.slots;
         if (PARTS == 1 && (SPLIT > 1 || STAGED)) __syncthreads();  // scores and tiles lie where shares go
 #pragma unroll
         for (int n = 0; n < HEAD_TILES; n++) {
@@ -386,9 +395,9 @@ extern "C" __global__ void
                 for (int offset = 4; offset < 32; offset *= 2)
                     sums[n][i] += __shfl_xor_sync(~0u, sums[n][i], offset);
                 if (g == 0 && first_dimension == 0)
-                    shared_statistics[part][key_warp][head] = make_float2(largest[n][i], sums[n][i]);
-                if (head >= my_heads) continue;
-                float* to = shares + ((part * KEY_WARPS + key_warp) * slots + head) * SHARE_STRIDE + first_dimension;
+                    shared_statistics[set][key_warp][head] = make_float2(largest[n][i], sums[n][i]);
+                if (head >= after.heads) continue;
+                float* to = shares + ((set * KEY_WARPS + key_warp) * slots + head) * SHARE_STRIDE + first_dimension;
 #pragma unroll
                 for (int m = 0; m < PART_DIM / 16; m++) {
                     if (m < ValueTile::PAIRED) {  // two tiles at a time: the four dimensions are neighbours
@@ -402,85 +411,78 @@ extern "C" __global__ void
                 }
             }
         }
-    }
-    __syncthreads();
-    const size_t room = ((size_t)sequence * gridDim.x + blockIdx.x) * gridDim.z * PARTS;  // of chunk 0
-#if CLUSTER > 1
-    const int slice = shared_slice, first_piece = blockIdx.z * slice, end_piece = min(first_piece + slice, pieces);
-    const float per_slice = 1.0f / slice;
-#endif
-    // The warps' shares of a chunk, added in their order.
+        __syncthreads();
+        // The warps' shares of the chunk, added in their order. The next chunk's go where these were before last.
+        const int chunk = blockIdx.z * PARTS + part;
 #pragma unroll 1
-    for (int part = 0; part < own_chunks; part++) {
-        const int chunk = first_chunk + part;
-#pragma unroll 1
-        for (int i = threadIdx.x; i < pieces; i += THREADS) {
+        for (int i = threadIdx.x; i < after.heads * PIECES; i += THREADS) {
             const int head = i / PIECES, dimension = i % PIECES * 4;
             float m = LOWEST;
 #pragma unroll
-            for (int w = 0; w < KEY_WARPS; w++) m = fmaxf(m, shared_statistics[part][w][head].x);
+            for (int w = 0; w < KEY_WARPS; w++) m = fmaxf(m, shared_statistics[set][w][head].x);
             Merged sum;
 #pragma unroll
             for (int w = 0; w < KEY_WARPS; w++) {
-                const float2 share = shared_statistics[part][w][head];
-                const float* o = shares + ((part * KEY_WARPS + w) * slots + head) * SHARE_STRIDE + dimension;
+                const float2 share = shared_statistics[set][w][head];
+                const float* o = shares + ((set * KEY_WARPS + w) * slots + head) * SHARE_STRIDE + dimension;
                 sum.add(power_of_two(share.x - m), share.y, *reinterpret_cast<const float4*>(o));
             }
-            if (chunks == 1) {
-                put(shared_token, head, dimension, sum.halves(m, shared_sinks[head], out_factor));
+            if (after.chunks == 1) {
+                put(after.token, after.column + 4 * i, sum.halves(m, shared_sinks[head], out_factor));
 #if CLUSTER > 1
-            } else if (exchange) {
-                const int owner = (i + 0.5f) * per_slice, at = i - owner * slice;  // exact for so few
+            } else {
+                const int slice = shared_slice, owner = (i + 0.5f) * shared_per_slice;  // exact for so few
+                const int at = i - owner * slice;
                 inbox_store(&inbox[chunk * slice + at], &inbox_barrier, owner, sum.values);
                 if (at == 0 || dimension == 0)
                     inbox_store(&inbox_statistics[chunk][head], &inbox_barrier, owner, make_float2(m, sum.total));
-#endif
+#else
             } else {
-                const size_t slot = (room + chunk) * slots + head;
+                const size_t slot = slot_of(chunk, head);
                 *reinterpret_cast<float4*>(partial + slot * HEAD_DIM + dimension) = sum.values;
                 if (dimension == 0) statistics[slot] = make_float2(m, sum.total);
-            }
-        }
-    }
-    if (chunks == 1) return;
-#if CLUSTER > 1
-    if (exchange) {
-        inbox_wait(&inbox_barrier);
-#pragma unroll 1
-        for (int i = first_piece + threadIdx.x; i < end_piece; i += THREADS) {
-            const int head = i / PIECES, dimension = i % PIECES * 4;
-            float m = LOWEST;
-            float2 share[CLUSTER * PARTS];
-#pragma unroll
-            for (int c = 0; c < CLUSTER * PARTS; c++) {  // none is waited for
-                share[c] = inbox_statistics[min(c, chunks - 1)][head];
-                m = fmaxf(m, share[c].x);
-            }
-            Merged sum;
-#pragma unroll
-            for (int c = 0; c < CLUSTER * PARTS; c++) {
-                const float4 part = inbox[min(c, chunks - 1) * slice + i - first_piece];
-                sum.add(c < chunks ? power_of_two(share[c].x - m) : 0.0f, share[c].y, part);
-            }
-            put(shared_token, head, dimension, sum.halves(m, shared_sinks[head], out_factor));
-        }
-        return;
-    }
 #endif
-
+            }
+        }
+    }
+    const int all = after.chunks;
+    if (all == 1) return;
+#if CLUSTER > 1
+    const int slice = shared_slice, first_piece = blockIdx.z * slice;
+    const int end_piece = min(first_piece + slice, after.heads * PIECES);
+    inbox_wait(&inbox_barrier);
+#pragma unroll 1
+    for (int i = first_piece + threadIdx.x; i < end_piece; i += THREADS) {
+        const int head = i / PIECES, dimension = i % PIECES * 4;
+        float m = LOWEST;
+        float2 share[CLUSTER * PARTS];
+#pragma unroll
+        for (int c = 0; c < CLUSTER * PARTS; c++) {  // none is waited for
+            share[c] = inbox_statistics[min(c, all - 1)][head];
+            m = fmaxf(m, share[c].x);
+        }
+        Merged sum;
+#pragma unroll
+        for (int c = 0; c < CLUSTER * PARTS; c++) {
+            const float4 part = inbox[min(c, all - 1) * slice + i - first_piece];
+            sum.add(c < all ? power_of_two(share[c].x - m) : 0.0f, share[c].y, part);
+        }
+        put(after.token, after.column + 4 * i, sum.halves(m, shared_sinks[head], out_factor));
+    }
+#else
     // The last block to arrive adds the chunks.
     int* ticket = tickets + sequence * gridDim.x + blockIdx.x;
     __syncthreads();
-    if (threadIdx.x == 0) last = take_ticket(ticket) == owners - 1;
+    if (threadIdx.x == 0) last = take_ticket(ticket) == all - 1;
     __syncthreads();
     if (!last) return;
-    for (int head = warp; head < my_heads; head += WARPS) {
+    for (int head = warp; head < after.heads; head += WARPS) {
         float2 share[MAX_CHUNKS / 32];
         float m = LOWEST;
 #pragma unroll
         for (int i = 0; i < MAX_CHUNKS / 32; i++) {
             const int c = lane + 32 * i;
-            share[i] = c < chunks ? __ldcg(&statistics[(room + c) * slots + head]) : make_float2(LOWEST, 0);
+            share[i] = c < all ? __ldcg(&statistics[slot_of(c, head)]) : make_float2(LOWEST, 0);
             m = fmaxf(m, share[i].x);
         }
 #pragma unroll
@@ -491,17 +493,18 @@ extern "C" __global__ void
         if (lane == 0) shared_statistics[0][0][head].x = m;
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < pieces; i += THREADS) {
+    for (int i = threadIdx.x; i < after.heads * PIECES; i += THREADS) {
         const int head = i / PIECES, dimension = i % PIECES * 4;
-        const float* parts = partial + (room * slots + head) * HEAD_DIM + dimension;
+        const float* parts = partial + slot_of(0, head) * HEAD_DIM + dimension;
         Merged sum;
 #pragma unroll 16
-        for (int c = 0; c < chunks; c++) {
+        for (int c = 0; c < all; c++) {
             const float2 weight = shared.weights[head][c];
             sum.add(weight.x, weight.y, __ldcg(reinterpret_cast<const float4*>(parts + (size_t)c * slots * HEAD_DIM)));
         }
         const float largest = shared_statistics[0][0][head].x;
-        put(shared_token, head, dimension, sum.halves(largest, shared_sinks[head], out_factor));
+        put(after.token, after.column + 4 * i, sum.halves(largest, shared_sinks[head], out_factor));
     }
     if (threadIdx.x == 0) *ticket = 0;
+#endif
 }

@@ -32,8 +32,8 @@ def variants(capability: int) -> list[tuple[str, dict[str, int], int]]:
             found.append(("attention_prefill", {"HEAD_DIM": dim, **kv}, _flash(dim, capability)[2]))
             plans = {}
             for tiles in (1, 2) if dim <= 128 else (1,):
-                for chunks, crowded in ((1, False), (8, False), (8, True), (32, False), (2, False)):
-                    plan = _Decode.of(dim, tiles, 8 * tiles, 1 if kv else 2, capability, chunks, crowded)
+                for chunks, parts in ((1, 1), (8, 1), (8, 2), (8, 4), (32, 1), (2, 1), (4, 2), (4, 1)):
+                    plan = _Decode.of(dim, tiles, 8 * tiles, 1 if kv else 2, capability, chunks, parts)
                     plans[tuple(plan.defines.items())] = plan
             found += [("attention_decode", {"HEAD_DIM": dim, **plan.defines, **kv}, plan.shared)
                       for plan in plans.values()]
@@ -155,10 +155,13 @@ def _decode(device: Device, qkv: Activation, batch: DeviceBatch, pages: Pages, s
         turns = min(turns, -(-shape.window // turn) + 1)
     spread, short, most = _chunking(blocks, sequences)
     chunks = min(turns, most, max(spread, -(-turns // short)))
-    # Where a multiprocessor's registers have room for two or three blocks and there would be about so many.
-    crowded = sequences <= 8 and blocks * sequences * chunks > 0.75 * (3 if dim <= 128 else 2) * device.sm_count
-    plan = _Decode.of(dim, tiles, rows, pages.keys.itemsize, device.capability, chunks, crowded)
-    slots = sequences * blocks * plan.blocks * plan.parts * rows if plan.blocks > plan.cluster else 0
+    # Blocks that all find places beside those of the kernels around them begin to read ahead of their predecessor.
+    parts = 1
+    while parts < 4 and 2 * parts < chunks and sequences <= 8 and (
+            sequences * blocks * -(-chunks // parts) > device.sm_count):
+        parts *= 2
+    plan = _Decode.of(dim, tiles, rows, pages.keys.itemsize, device.capability, chunks, parts)
+    slots = sequences * blocks * chunks * rows if plan.cluster == 1 else 0
     partial = device.scratch((slots, dim), np.float32)
     statistics = device.scratch((slots, 2), np.float32)
     device.kernel("attention_decode", "attention_decode", **defines, **plan.defines)(
@@ -196,22 +199,21 @@ class _Decode:
     shared: int
 
     @staticmethod
-    def of(dim: int, tiles: int, rows: int, kv_bytes: int, capability: int, chunks: int, crowded: bool) -> _Decode:
+    def of(dim: int, tiles: int, rows: int, kv_bytes: int, capability: int, chunks: int, parts: int) -> _Decode:
         """tiles: of eight query heads each, `rows` of which are there; kv_bytes: of a number in the pages."""
-        # Clusters (sm_90) where one has all chunks; two chunks for a block let more of them run side by side. Longer
-        # contexts fill the chip evenly as they are; wider heads lack the registers and shared memory.
+        # Clusters (sm_90) where one has all chunks. Longer contexts fill the chip evenly as they are; wider heads lack
+        # the registers and shared memory for several chunks of a block.
         clustered = capability >= 90 and chunks <= 8
-        parts = 2 if clustered and crowded and chunks > 1 and dim <= 256 else 1
+        parts = parts if clustered and dim <= 256 else 1
         blocks = -(-chunks // parts)
         cluster = 1 << (blocks - 1).bit_length() if clustered else 1
-        # Two blocks of wide heads with shares of two chunks and tiles would leave the next linear no shared memory.
-        staged = capability in (80, 90) and (parts == 1 or dim <= 128)
+        staged = capability in (80, 90)
         warps, split = _warps(dim)
         row = dim // split * kv_bytes
         strides = (row + 63) // 128 * 128 + 64 + (row + 111) // 128 * 128 + 16  # KEY_STRIDE and VALUE_STRIDE in bytes
         waiting = (2 * warps if split > 1 else 1) * 512 + warps * (_TILE * strides if staged else 32 * kv_bytes)
         waiting = max(waiting, 8 * tiles * _MAX_CHUNKS * 8)
-        shares = parts * (warps // split) * rows * (dim + 4) * 4
+        shares = min(parts, 2) * (warps // split) * rows * (dim + 4) * 4
         inbox = 16 * (rows * dim // 4 + cluster) * parts if cluster > 1 else 0
         return _Decode({"HEAD_TILES": tiles, "PARTS": parts, "CLUSTER": cluster, "STAGED": int(staged)}, parts, blocks,
                        cluster, (waiting + shares if parts > 1 else max(waiting, shares)) + inbox)

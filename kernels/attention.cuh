@@ -28,8 +28,24 @@ __device__ __forceinline__ float power_of_two(float x) {
     return y;
 }
 
-__device__ __forceinline__ float2 as_float2(float2 x) { return x; }
-__device__ __forceinline__ float2 as_float2(__half2 x) { return __half22float2(x); }
+// What another kernel writes, read no earlier than here and past L1, which may hold what was there before.
+__device__ __forceinline__ unsigned read_now(const unsigned* p) {
+    unsigned x;
+    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+    return x;
+}
+__device__ __forceinline__ uint4 read_now(const uint4* p) {
+    uint4 x;
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p) : "memory");
+    return x;
+}
+
+// Two neighbours of a constant, or of the input.
+__device__ __forceinline__ float2 pair_at(const float2* p) { return *p; }
+__device__ __forceinline__ float2 pair_at(const __half2* p) {
+    return __half22float2(as_half2(read_now(reinterpret_cast<const unsigned*>(p))));
+}
 
 // The nearest E4M3 code, ties to even; what is out of range saturates, and so does NaN.
 __device__ __forceinline__ unsigned to_e4m3(float x) {
@@ -54,7 +70,7 @@ __device__ __forceinline__ void store_pair(unsigned char* target, int pair, floa
 }
 
 __device__ __forceinline__ size_t head_in_page(int page, int kv_heads, int kv_head, int slot) {
-    return (((size_t)page * kv_heads + kv_head) * PAGE + slot) * HEAD_DIM;
+    return (size_t)(page * kv_heads + kv_head) * (PAGE * HEAD_DIM) + slot * HEAD_DIM;
 }
 
 // One head as a warp holds it; in a step, two neighbours below HALF_DIM and the two that they pair with.
@@ -67,7 +83,7 @@ struct Head {
         for (int i = 0; i < HEAD_STEPS; i++) {
             const int j = threadIdx.x % 32 + 32 * i;
             low[i] = high[i] = make_float2(0, 0);
-            if (j < QUARTER_DIM) low[i] = as_float2(source[j]), high[i] = as_float2(source[j + QUARTER_DIM]);
+            if (j < QUARTER_DIM) low[i] = pair_at(source + j), high[i] = pair_at(source + j + QUARTER_DIM);
         }
     }
     __device__ __forceinline__ void load_half(const __half* source) { load(reinterpret_cast<const __half2*>(source)); }
@@ -84,7 +100,7 @@ struct Head {
         }
 #pragma unroll
         for (int offset = 16; offset; offset /= 2) squares += __shfl_xor_sync(~0u, squares, offset);
-        const float inverse = 1 / sqrtf(squares / HEAD_DIM + eps);
+        const float inverse = __fdividef(1.0f, sqrtf(squares / HEAD_DIM + eps));
 #pragma unroll
         for (int i = 0; i < HEAD_STEPS; i++) {
             low[i].x *= inverse * weight.low[i].x, low[i].y *= inverse * weight.low[i].y;

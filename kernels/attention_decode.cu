@@ -3,15 +3,26 @@
 #include "inbox.cuh"
 #include "order.cuh"
 
-constexpr int BLOCKS = WARPS > 4 || PART_DIM > 128 || HEAD_TILES > 1 ? 2 : 3;  // of an SM that registers are left for
 constexpr int WARP_HEADS = HEADS / WARPS;  // that one warp opens
-constexpr int LATER_TILES = 3;  // of a warp that are brought to L2 ahead of the predecessor where none are staged
+constexpr int LATER_TURNS = 5;  // whose keys and values are brought to L2 ahead of the predecessor, if not closer
 constexpr int CHAINS = SPLIT == 1 ? 2 : 1;  // of products that wait for each other, as far as registers suffice
 constexpr int SHARE_STRIDE = HEAD_DIM + 4;  // of a warp's share of a head: a quad's heads lie in different banks
 constexpr int MAX_CHUNKS = 64;  // of one sequence
 constexpr float LOWEST = -1e30f;  // below every score; the largest of no scores
-// Registers have room for keys and values that are read ahead of the predecessor, and for what opens heads, too.
-constexpr bool AHEAD = SPLIT == 1, PREPARED = HEAD_DIM <= 128;
+// Registers have room for keys and values that are read ahead of the predecessor. Where they have more, what follows it
+// runs once before it, too; else shares lie where tiles waited, if a block has one chunk.
+constexpr bool AHEAD = SPLIT == 1, REHEARSED = CLUSTER > 1 && HEAD_DIM <= 128, ALIASED = PARTS == 1 && !REHEARSED;
+// Blocks of an SM that registers are left for.
+constexpr int BLOCKS = WARPS > 4 || PART_DIM > 128 || HEAD_TILES > 1 || REHEARSED ? 2 : 3;
+
+// An address that is computed here, and not where it is used.
+__device__ __forceinline__ const __half* known(const __half* p) {
+    asm volatile("" : "+l"(p));
+    return p;
+}
+
+// a / b, which are positive, below a million: 0.5 / b is more than the division lacks.
+__device__ __forceinline__ int quotient(int a, int b) { return __fdividef(a + 0.5f, b); }
 
 // Counts one up and says what was there; orders what this block wrote before, and what it reads after.
 __device__ __forceinline__ int take_ticket(int* p) {
@@ -33,20 +44,22 @@ struct Merged {
     }
     // As the output has them; `sink` is a score without a value.
     __device__ __forceinline__ uint2 halves(float largest, float sink, float factor) const {
-        const float inverse = factor / (total + power_of_two(sink - largest));
+        const float inverse = __fdividef(factor, total + power_of_two(sink - largest));
         return make_uint2(as_bits(__floats2half2_rn(values.x * inverse, values.y * inverse)),
                           as_bits(__floats2half2_rn(values.z * inverse, values.w * inverse)));
     }
 };
 
-// grid (kv_heads * row_tiles, S, chunks / PARTS), block THREADS, clusters of CLUSTER blocks. A sequence's visible
-// keys are cut into chunks of whole turns by its own length alone: `spread` of them while that is at most short_turns
-// for each, then more, at most max_chunks. A block takes PARTS of them, one after the other. Blocks beyond them end
-// at once, so the grid holds for every length that the page table allows. The block of the last chunk writes the new
-// key and value. Where one cluster has all chunks, its blocks bring their shares to each other's shared memory, and
-// each adds up a slice of the numbers; else through `partial` [S, gridDim.x, gridDim.z * PARTS, heads of a block,
-// HEAD_DIM] and statistics (the same without HEAD_DIM), and the block that finishes last adds them. Both add alike,
-// chunk by chunk, so neither clusters nor PARTS change a result; `tickets` [S, gridDim.x] is zero before and after.
+// grid (kv_heads * tiles of a group's heads, S, chunks / PARTS), block THREADS, clusters of CLUSTER blocks. The keys
+// that a sequence sees are cut into chunks of whole turns by its own length alone: `spread` of them while that is at
+// most short_turns for each, then more, at most max_chunks. A block takes PARTS of them, one after the other. Blocks
+// beyond them end at once, so the grid holds for every length that the page table allows. The block of the last chunk
+// writes the new key and value. A cluster has all chunks: its blocks bring their shares to each other's shared memory,
+// and each adds up a slice of the numbers. Without clusters (and with PARTS 1), chunks meet in `partial` [S, gridDim.x,
+// gridDim.z, heads of a block, HEAD_DIM] and statistics (the same without HEAD_DIM), and the block that finishes last
+// adds them; `tickets` [S, gridDim.x] is zero before and after. Both add alike, chunk by chunk, so neither clusters nor
+// PARTS change a result.
+//
 // Keys are tiled as rows (S^T = K q^T), so up to eight query heads cost one pass of the tensor cores. Sequences with
 // several new tokens are attention_prefill's.
 //
@@ -65,13 +78,13 @@ extern "C" __global__ void
     __launch_bounds__(THREADS, BLOCKS)
     attention_decode(const __half* qkv, Kv* keys, Kv* values,
                      const int* __restrict__ starts, const int* __restrict__ lengths,
-                     const int* __restrict__ pages, int table_width, int heads, int kv_heads,
+                     const int* __restrict__ pages, int table_width, int group, int kv_heads,
                      int others, const float* q_norm, float q_eps, const float* k_norm, float k_eps,
                      const float* v_norm, float v_eps, const float2* rope, float value_scale, float scale_log2,
                      int window, const float* __restrict__ sinks, float key_factor, float value_factor,
                      float out_factor, int spread, int short_turns, int max_chunks, float* partial,
                      float2* statistics, int* tickets, int ordered, __half* __restrict__ out) {
-    constexpr int PIECES = HEAD_DIM / 4;
+    constexpr int PIECES = HEAD_DIM / 4;  // of a head: four dimensions each
     // What waits there while keys are gone through: scores, for the warps with other dimensions, and tiles. At the very
     // end, the chunks' weights.
     union Waiting {
@@ -83,27 +96,32 @@ extern "C" __global__ void
     };
     extern __shared__ __align__(16) unsigned char dynamic_shared[];
     Waiting& shared = *reinterpret_cast<Waiting*>(dynamic_shared);
-    const int group = heads / kv_heads, slots = min(group, HEADS);  // room for heads
-    // [PARTS][KEY_WARPS][slots][SHARE_STRIDE]: the warps' shares; of one chunk, they come when nothing waits any more.
-    float* const shares = reinterpret_cast<float*>(dynamic_shared + (PARTS > 1 ? sizeof(Waiting) : 0));
+    const int heads = group * kv_heads, slots = min(group, HEADS);  // room for heads
+    // [PARTS][KEY_WARPS][slots][SHARE_STRIDE]: the warps' shares; if aliased, they come when nothing waits any more.
+    float* const shares = reinterpret_cast<float*>(dynamic_shared + (ALIASED ? 0 : sizeof(Waiting)));
     const int share_bytes = PARTS * KEY_WARPS * slots * SHARE_STRIDE * sizeof(float);
     __shared__ __align__(16) __half shared_q[HEADS][HEAD_DIM + 8];
     __shared__ __align__(16) Kv newest[2][HEAD_DIM];                       // the new key and value
 #if CLUSTER > 1
     // (slots * PIECES + CLUSTER) * PARTS: this block's slice of each chunk's share
     float4* const inbox = reinterpret_cast<float4*>(
-        dynamic_shared + (PARTS > 1 ? sizeof(Waiting) + share_bytes : max((int)sizeof(Waiting), share_bytes)));
+        dynamic_shared + (ALIASED ? max((int)sizeof(Waiting), share_bytes) : (int)sizeof(Waiting) + share_bytes));
     __shared__ float2 inbox_statistics[CLUSTER * PARTS][HEADS];
     __shared__ unsigned long long inbox_barrier;
     __shared__ int shared_slice;
+    __shared__ float shared_per_slice;
 #endif
     __shared__ float2 shared_statistics[PARTS][KEY_WARPS][HEADS];  // (largest score, sum)
     __shared__ float shared_sinks[HEADS];
-    __shared__ int last, shared_token;  // what follows the keys reads the token there: it would take a register
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    // What follows the keys reads these there, as they would take registers: the token, the first of its columns,
+    // chunks of the sequence, heads of this block and room for heads.
+    __shared__ struct { int token, column, chunks, heads, slots; } after;
+    __shared__ int last;
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // known to be the same for its lanes: no register of each
     const int key_warp = warp / SPLIT, first_dimension = warp % SPLIT * PART_DIM;
-    const int row_tiles = gridDim.x / kv_heads;
-    const int kv_head = blockIdx.x / row_tiles, first_head = blockIdx.x % row_tiles * HEADS;
+    int kv_head = blockIdx.x, first_head = 0;
+    while (kv_head >= kv_heads) kv_head -= kv_heads, first_head += HEADS;
     const int my_heads = min(group - first_head, HEADS);
     const int sequence = blockIdx.y, first_chunk = blockIdx.z * PARTS;
     dependents_may_start();
@@ -113,17 +131,14 @@ extern "C" __global__ void
     const int token = fetch(starts + sequence), length = fetch(lengths + sequence);
     const bool mine = fetch(starts + sequence + 1) - token == 1;
     const int lowest = window ? max(0, length - window) : 0;
-    const int first_turn = lowest / TURN, turns = max(1, (length + TURN - 1) / TURN - first_turn);
-    const int chunks = min(turns, min(max_chunks, max(spread, (turns + short_turns - 1) / short_turns)));
+    const int first_turn = (unsigned)lowest / TURN;
+    const int turns = max(1, (int)((unsigned)max(length + TURN - 1, 0) / TURN) - first_turn);
+    const int chunks = min(turns, min(max_chunks, max(spread, quotient(turns + short_turns - 1, short_turns))));
     if (!mine || first_chunk >= chunks) {
         wait_for_predecessor();
         return;
     }
-    auto put = [&](int token, int head, int dimension, uint2 four) {
-        // From the block's number, read anew: kept from above, this would take registers all along.
-        int block;
-        asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
-        const int column = (block / row_tiles * group + block % row_tiles * HEADS + head) * HEAD_DIM + dimension;
+    auto put = [&](int token, int column, uint2 four) {
         if (ordered) {
             unsigned* const words = reinterpret_cast<unsigned*>(out);
             words[ordered_word(column, token, ordered / 2, ordered % 2, token % 8)] = four.x;
@@ -132,13 +147,14 @@ extern "C" __global__ void
     };
     if (length <= 0) {  // a padded row without a context
         wait_for_predecessor();
+#pragma unroll 1
         for (int i = threadIdx.x; i < my_heads * PIECES; i += THREADS)
-            put(token, i / PIECES, i % PIECES * 4, make_uint2(0, 0));
+            put(token, (kv_head * group + first_head) * HEAD_DIM + i * 4, make_uint2(0, 0));
         return;
     }
     const int* table = pages + (size_t)sequence * table_width;
-    const int own_chunks = min(PARTS, chunks - first_chunk), owners = (chunks + PARTS - 1) / PARTS;
-    const int each = turns / chunks, rest = turns % chunks;
+    const int own_chunks = PARTS > 1 ? min(PARTS, chunks - first_chunk) : 1;
+    const int each = quotient(turns, chunks), rest = turns - each * chunks;
     auto begin_of = [&](int chunk) { return (first_turn + chunk * each + min(chunk, rest)) * TURN; };
     const int end = min(length, begin_of(first_chunk + own_chunks));
 
@@ -146,31 +162,30 @@ extern "C" __global__ void
     ValueTile v;
     int key = begin_of(first_chunk) + key_warp * TILE;
     if (key + TILE <= lowest) key += TURN;
-    int listed = key / PAGE;  // the first of 32 pages that the lanes know
-    auto list_pages = [&] { return (listed + lane) * PAGE < end ? fetch(table + listed + lane) : 0; };
-    int page_of_lane = list_pages();
-    auto place_of = [&](int from) {  // by whole warps
-        if ((unsigned)(from / PAGE - listed) >= 32) listed = from / PAGE, page_of_lane = list_pages();
-        const int page = __shfl_sync(~0u, page_of_lane, from / PAGE - listed);
-        return head_in_page(page, kv_heads, kv_head, from % PAGE) + first_dimension;
+    // Pages are looked up turns before they are needed; at first, each lane knows a turn's.
+    auto page_of = [&](int from) { return from < end ? fetch(table + (unsigned)from / PAGE) : 0; };
+    const int page_of_lane = page_of(key + lane * TURN);
+    auto place_in = [&](int page, int from) {
+        return head_in_page(page, kv_heads, kv_head, (unsigned)from % PAGE) + first_dimension;
     };
+    auto first_places = [&](int turn) { return place_in(__shfl_sync(~0u, page_of_lane, turn), key + turn * TURN); };
     auto load_keys = [&](size_t place) {
         k[0].load(keys + place + g * HEAD_DIM, t);
         k[1].load(keys + place + (g + 8) * HEAD_DIM, t);
     };
     if (AHEAD && key < end) {
-        const size_t place = place_of(key);
+        const size_t place = first_places(0);
         load_keys(place);
         v.load(values + place, g, t);
     }
     // Behind the tile in registers one is on its way to shared memory: keys and values in turns, so that of two copies
     // the older one is what is needed.
-    auto stage_keys = [&](int from) {
-        if (from < end) stage(shared.keys[warp], KEY_STRIDE, keys + place_of(from));
+    auto stage_keys = [&](int from, size_t place) {
+        if (from < end) stage(shared.keys[warp], KEY_STRIDE, keys + place);
         copy_commit();
     };
-    auto stage_values = [&](int from) {
-        if (from < end) stage(shared.values[warp], VALUE_STRIDE, values + place_of(from));
+    auto stage_values = [&](int from, size_t place) {
+        if (from < end) stage(shared.values[warp], VALUE_STRIDE, values + place);
         copy_commit();
     };
     auto take_keys = [&] {
@@ -186,266 +201,277 @@ extern "C" __global__ void
         v.load_staged(shared.values[warp], g, t);
         __syncwarp();
     };
-    if (STAGED) stage_keys(AHEAD ? key + TURN : key), stage_values(AHEAD ? key + TURN : key);
+    if (STAGED) {
+        const size_t place = first_places(AHEAD);
+        stage_keys(key + AHEAD * TURN, place);
+        stage_values(key + AHEAD * TURN, place);
+    }
+    // Of what is fetched, or staged, in the loop first, and of what follows.
+    int next_page = __shfl_sync(~0u, page_of_lane, 1 + STAGED), later_page = __shfl_sync(~0u, page_of_lane, 2 + STAGED);
     // The last warps open the new key and value, beside their queries.
     const bool opens_value = warp == WARPS - 2, opens_newest = first_chunk + own_chunks == chunks && warp >= WARPS - 2;
-    const float* newest_norm = opens_value ? v_norm : k_norm;
-    if (opens_newest && newest_norm && 32 * lane < HEAD_DIM) prefetch(newest_norm + 32 * lane);
-    Opening opening;
-    if (PREPARED) opening.load(q_norm, rope, length - 1);
-#pragma unroll(PREPARED ? LATER_TILES : 1)
-    for (int turn = AHEAD; !STAGED && turn <= LATER_TILES; turn++) {
-        const int later = key + turn * TURN;
-        if (later < end) {
-            const size_t place = place_of(later);
-            for (int i = lane * 128; i < TILE * PART_DIM * (int)sizeof(Kv); i += 32 * 128) {
-                const int at = i + first_dimension * (TILE - 1) * (int)sizeof(Kv);  // each warp its part
-                prefetch(reinterpret_cast<const char*>(keys + place) + at);
-                prefetch(reinterpret_cast<const char*>(values + place) + at);
-            }
+    const float* newest_norm = opens_newest && others ? opens_value ? v_norm : k_norm : nullptr;
+#pragma unroll 1
+    for (int turn = AHEAD + STAGED; turn < LATER_TURNS && key + turn * TURN < end; turn++) {
+        const size_t place = first_places(turn);
+        for (int i = lane * 128; i < TILE * PART_DIM * (int)sizeof(Kv); i += 32 * 128) {
+            const int at = i + first_dimension * (TILE - 1) * (int)sizeof(Kv);  // each warp its part
+            prefetch(reinterpret_cast<const char*>(keys + place) + at);
+            prefetch(reinterpret_cast<const char*>(values + place) + at);
         }
     }
-    // A piece is four dimensions of a head.
-    const int pieces = my_heads * PIECES;
-    const bool exchange = CLUSTER > 1 && owners <= CLUSTER;
 #if CLUSTER > 1
-    if (exchange && chunks > 1) {
+    if (chunks > 1) {
         if (threadIdx.x == 0) {
-            const int slice = (pieces + owners - 1) / owners;  // of one block of the cluster
+            const int pieces = my_heads * PIECES, owners = (chunks + PARTS - 1) / PARTS;  // blocks that have chunks
+            const int slice = (pieces + owners - 1) / owners;
             const int first_piece = blockIdx.z * slice, end_piece = min(first_piece + slice, pieces);
             const int slice_heads = (end_piece - 1) / PIECES - first_piece / PIECES + 1;
             const int bytes = (end_piece - first_piece) * sizeof(float4) + slice_heads * sizeof(float2);
             inbox_expect(&inbox_barrier, first_piece < pieces ? chunks * bytes : 0);
-            shared_slice = slice;
+            shared_slice = slice, shared_per_slice = 1.0f / slice;
         }
         inboxes_wait_open();
     }
 #endif
-    if (threadIdx.x == 0) shared_token = token;
+    if (threadIdx.x == 0)
+        after = {token, (kv_head * group + first_head) * HEAD_DIM, chunks, my_heads, slots};
     if (threadIdx.x < my_heads)
         shared_sinks[threadIdx.x] = sink_score(sinks, kv_head * group + first_head + threadIdx.x);
-
-    wait_for_predecessor();
-    if (!PREPARED) opening.load(q_norm, rope, length - 1);
     const __half* row = qkv + (size_t)token * (heads + others) * HEAD_DIM;
-    Head head[WARP_HEADS], newest_head;
-#pragma unroll
-    for (int i = 0; i < WARP_HEADS; i++)
-        if (warp + i * WARPS < my_heads)
-            head[i].load_half(row + (kv_head * group + first_head + warp + i * WARPS) * HEAD_DIM);
-    auto load_newest = [&] {
-        newest_head.load_half(row + (heads + (opens_value ? others - kv_heads : 0) + kv_head) * HEAD_DIM);
+    const __half* const q_row = known(row + (kv_head * group + first_head + warp) * HEAD_DIM);
+    const __half* const newest_row = known(row + (heads + (opens_value ? others - kv_heads : 0) + kv_head) * HEAD_DIM);
+
+    auto slot_of = [&](int chunk, int head) {  // where memory holds what a chunk knows of a head
+        return (((size_t)blockIdx.y * gridDim.x + blockIdx.x) * gridDim.z + chunk) * after.slots + head;
     };
-    if (PREPARED && opens_newest && others) load_newest();
-#pragma unroll
-    for (int i = 0; i < WARP_HEADS; i++) {
-        __half* to = shared_q[warp + i * WARPS];
-        if (warp + i * WARPS < my_heads) {
-            opening.open(head[i], q_eps, value_scale);
-            head[i].store(to, 1.0f);
-        } else {
-            for (int j = lane; j < HALF_DIM; j += 32) reinterpret_cast<unsigned*>(to)[j] = 0;
-        }
-    }
-    if (opens_newest) {
-        const int page = fetch(table + (length - 1) / PAGE);
-        const size_t place = head_in_page(page, kv_heads, kv_head, (length - 1) % PAGE);
-        Kv* store = (opens_value ? values : keys) + place;
-        if (others) {
-            if (!PREPARED) load_newest();
-            if (newest_norm) {
-                Head weight;
-                weight.load(reinterpret_cast<const float2*>(newest_norm));
-                newest_head.norm(weight, opens_value ? v_eps : k_eps, value_scale);
-            }
-            if (rope && !opens_value) newest_head.rotate(opening.rotation);
-            newest_head.store(newest[opens_value], opens_value ? value_factor : key_factor);
-            newest_head.store(store, opens_value ? value_factor : key_factor);
-        } else {
-            for (int i = lane; i < HEAD_DIM * (int)sizeof(Kv) / 16; i += 32)
-                reinterpret_cast<uint4*>(newest[opens_value])[i] = __ldcg(reinterpret_cast<const uint4*>(store) + i);
-        }
-    }
-    __syncthreads();
-    if (!AHEAD && key < end) {
-        if (STAGED) {
-            take_keys();
-            stage_keys(key + TURN);
-            take_values();
-            stage_values(key + TURN);
-        } else {
-            const size_t place = place_of(key);
-            load_keys(place);
-            v.load(values + place, g, t);
-        }
-    }
-
-    int turn = 0;
+    // Weights wash a kernel's code out of L2 and of the caches for instructions, and it comes back slowly. So all that
+    // follows runs once before the predecessor is done, on what happens to be there, and without effects.
 #pragma unroll 1
-    for (int part = 0; part < PARTS; part++) {
-        const int stop = PARTS > 1 ? min(end, begin_of(first_chunk + part + 1)) : end;
-        float o[HEAD_TILES][PART_DIM / 16][4];
-        float largest[HEAD_TILES][2], sums[HEAD_TILES][2];  // of heads 2t and 2t+1
+    for (int real = !REHEARSED; real < 2; real++) {
+        const int newest_page = opens_newest ? fetch(table + (length - 1) / PAGE) : 0;
+        Head newest_weight;
+        if (newest_norm) newest_weight.load(reinterpret_cast<const float2*>(newest_norm));
+        Opening opening;
+        opening.load(q_norm, rope, length - 1);
+        if (real) wait_for_predecessor();
+        Head head[WARP_HEADS], newest_head;
 #pragma unroll
-        for (int n = 0; n < HEAD_TILES; n++) {
+        for (int i = 0; i < WARP_HEADS; i++)
+            if (warp + i * WARPS < my_heads)
+                head[i].load_half(q_row + i * WARPS * HEAD_DIM);
+        if (opens_newest && others) newest_head.load_half(newest_row);
 #pragma unroll
-            for (int m = 0; m < PART_DIM / 16; m++) o[n][m][0] = o[n][m][1] = o[n][m][2] = o[n][m][3] = 0;
-            largest[n][0] = largest[n][1] = -INFINITY;
-            sums[n][0] = sums[n][1] = 0;
+        for (int i = 0; i < WARP_HEADS; i++) {
+            __half* to = shared_q[warp + i * WARPS];
+            if (warp + i * WARPS < my_heads) {
+                opening.open(head[i], q_eps, value_scale);
+                head[i].store(to, 1.0f);
+            } else {
+                for (int j = lane; j < HALF_DIM; j += 32) reinterpret_cast<unsigned*>(to)[j] = 0;
+            }
         }
-        for (; key < stop; key += TURN, turn ^= 1) {
-            const int next = key + TURN, new_row = length - 1 - key;
-            if (new_row < TILE) {  // memory may lack this row; behind it weights are zero, but need numbers
-                if (new_row == g) k[0].load_shared(newest[0] + first_dimension, t);
-                if (new_row == g + 8) k[1].load_shared(newest[0] + first_dimension, t);
-#pragma unroll
-                for (int r = 0; r < 4; r++)
-                    if (new_row <= ValueTile::key(r, t)) v.load_shared(r, newest[1] + first_dimension, g);
+        if (opens_newest) {
+            Kv* store = opens_value ? values : keys;
+            store += head_in_page(newest_page, kv_heads, kv_head, (length - 1) % PAGE);
+            if (others) {
+                if (newest_norm) newest_head.norm(newest_weight, opens_value ? v_eps : k_eps, value_scale);
+                if (rope && !opens_value) newest_head.rotate(opening.rotation);
+                newest_head.store(newest[opens_value], opens_value ? value_factor : key_factor);
+                if (real) newest_head.store(store, opens_value ? value_factor : key_factor);
+            } else {
+                for (int i = lane; i < HEAD_DIM * (int)sizeof(Kv) / 16; i += 32)
+                    reinterpret_cast<uint4*>(newest[opens_value])[i] = read_now(reinterpret_cast<uint4*>(store) + i);
             }
-            float s[HEAD_TILES][4] = {}, odd[HEAD_TILES][4] = {};
-#pragma unroll
-            for (int d = 0; d < PART_DIM / 16; d += 2) {
-                const uint2 upper = k[0].step(d), lower = k[1].step(d);
-                const unsigned a[4] = {upper.x, lower.x, upper.y, lower.y};
-                const uint2 upper2 = k[0].step(d + 1), lower2 = k[1].step(d + 1);
-                const unsigned a2[4] = {upper2.x, lower2.x, upper2.y, lower2.y};
-#pragma unroll
-                for (int n = 0; n < HEAD_TILES; n++) {
-                    const uint4 q = query_steps(shared_q[8 * n + g] + first_dimension, d / 2, t);
-                    mma(s[n], a, q.x, q.y);
-                    if (d + 1 < PART_DIM / 16) mma(CHAINS > 1 ? odd[n] : s[n], a2, q.z, q.w);
-                }
-            }
-#pragma unroll
-            for (int n = 0; n < HEAD_TILES; n++)
-#pragma unroll
-                for (int i = 0; CHAINS > 1 && i < 4; i++) s[n][i] += odd[n][i];
-            if (STAGED && next < end) {
+        }
+        __syncthreads();
+        if (!AHEAD && key < end) {
+            if (STAGED) {
+                const size_t place = first_places(1);
                 take_keys();
-                stage_keys(next + TURN);
-            } else if (next < end) load_keys(place_of(next));
-            if (SPLIT > 1) {  // two sets of room: a warp writes one again only after the others have read it
-                shared.scores[turn][warp][lane] = make_float4(s[0][0], s[0][1], s[0][2], s[0][3]);
-                barrier_wait(1 + key_warp, 32 * SPLIT);
-                s[0][0] = s[0][1] = s[0][2] = s[0][3] = 0;
-#pragma unroll
-                for (int other = 0; other < SPLIT; other++) {
-                    const float4 theirs = shared.scores[turn][key_warp * SPLIT + other][lane];
-                    s[0][0] += theirs.x, s[0][1] += theirs.y, s[0][2] += theirs.z, s[0][3] += theirs.w;
-                }
+                stage_keys(key + TURN, place);
+                take_values();
+                stage_values(key + TURN, place);
+            } else {
+                const size_t place = first_places(0);
+                load_keys(place);
+                v.load(values + place, g, t);
             }
+        }
 
-            unsigned p[HEAD_TILES][2];
+#pragma unroll 1
+        for (int part = 0; part < (real ? own_chunks : 1); part++) {
+            const int stop = PARTS > 1 ? min(end, begin_of(first_chunk + part + 1)) : end;
+            float o[HEAD_TILES][PART_DIM / 16][4];
+            float largest[HEAD_TILES][2], sums[HEAD_TILES][2];  // of heads 2t and 2t+1
 #pragma unroll
             for (int n = 0; n < HEAD_TILES; n++) {
-                float shrink[2];
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const int position = key + g + i / 2 * 8;
-                    s[n][i] = position < length && position >= lowest ? s[n][i] * scale_log2 : -INFINITY;
+                for (int m = 0; m < PART_DIM / 16; m++) o[n][m][0] = o[n][m][1] = o[n][m][2] = o[n][m][3] = 0;
+                largest[n][0] = largest[n][1] = -INFINITY;
+                sums[n][0] = sums[n][1] = 0;
+            }
+            for (; key < stop; key += TURN) {
+                const int next = key + TURN, new_row = length - 1 - key;
+                const bool more = real && next < end;
+                const size_t next_place = place_in(next_page, next + STAGED * TURN);
+                if (new_row < TILE) {  // memory may lack this row; behind it weights are zero, but need numbers
+                    if (new_row == g) k[0].load_shared(newest[0] + first_dimension, t);
+                    if (new_row == g + 8) k[1].load_shared(newest[0] + first_dimension, t);
+#pragma unroll
+                    for (int r = 0; r < 4; r++)
+                        if (new_row <= ValueTile::key(r, t)) v.load_shared(r, newest[1] + first_dimension, g);
+                }
+                float s[HEAD_TILES][4] = {}, odd[HEAD_TILES][4] = {};
+#pragma unroll
+                for (int d = 0; d < PART_DIM / 16; d += 2) {
+                    const uint2 upper = k[0].step(d), lower = k[1].step(d);
+                    const unsigned a[4] = {upper.x, lower.x, upper.y, lower.y};
+                    const uint2 upper2 = k[0].step(d + 1), lower2 = k[1].step(d + 1);
+                    const unsigned a2[4] = {upper2.x, lower2.x, upper2.y, lower2.y};
+#pragma unroll
+                    for (int n = 0; n < HEAD_TILES; n++) {
+                        const uint4 q = query_steps(shared_q[8 * n + g] + first_dimension, d / 2, t);
+                        mma(s[n], a, q.x, q.y);
+                        if (d + 1 < PART_DIM / 16) mma(CHAINS > 1 ? odd[n] : s[n], a2, q.z, q.w);
+                    }
                 }
 #pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    float m = fmaxf(s[n][i], s[n][i + 2]);
+                for (int n = 0; n < HEAD_TILES; n++)
 #pragma unroll
-                    for (int offset = 4; offset < 32; offset *= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, offset));
-                    m = fmaxf(m, largest[n][i]);  // finite: every tile has a visible key
-                    shrink[i] = power_of_two(largest[n][i] - m);
-                    largest[n][i] = m;
-                    s[n][i] = power_of_two(s[n][i] - m);
-                    s[n][i + 2] = power_of_two(s[n][i + 2] - m);
-                    sums[n][i] = sums[n][i] * shrink[i] + (s[n][i] + s[n][i + 2]);
+                    for (int i = 0; CHAINS > 1 && i < 4; i++) s[n][i] += odd[n][i];
+                if (STAGED && more) {
+                    take_keys();
+                    stage_keys(next + TURN, next_place);
+                } else if (more) load_keys(next_place);
+                if (SPLIT > 1) {  // two sets of room: a warp writes one again only after the others have read it
+                    const int turn = key / TURN % 2;
+                    shared.scores[turn][warp][lane] = make_float4(s[0][0], s[0][1], s[0][2], s[0][3]);
+                    barrier_wait(1 + key_warp, 32 * SPLIT);
+                    s[0][0] = s[0][1] = s[0][2] = s[0][3] = 0;
+#pragma unroll
+                    for (int other = 0; other < SPLIT; other++) {
+                        const float4 theirs = shared.scores[turn][key_warp * SPLIT + other][lane];
+                        s[0][0] += theirs.x, s[0][1] += theirs.y, s[0][2] += theirs.z, s[0][3] += theirs.w;
+                    }
                 }
-                p[n][0] = transpose8x8(as_bits(__floats2half2_rn(s[n][0], s[n][1])));
-                p[n][1] = transpose8x8(as_bits(__floats2half2_rn(s[n][2], s[n][3])));
-#pragma unroll
-                for (int m = 0; m < PART_DIM / 16; m++)
-#pragma unroll
-                    for (int i = 0; i < 4; i++) o[n][m][i] *= shrink[i % 2];
-            }
-#pragma unroll
-            for (int m = 0; m < PART_DIM / 16; m++) {
-                const uint2 low = v.operand(0, m), high = v.operand(2, m);
-                const unsigned a[4] = {low.x, low.y, high.x, high.y};
-#pragma unroll
-                for (int n = 0; n < HEAD_TILES; n++) mma(o[n][m], a, p[n][0], p[n][1]);
-            }
-            if (STAGED && next < end) {
-                take_values();
-                stage_values(next + TURN);
-            } else if (next < end) v.load(values + place_of(next), g, t);
-        }
 
-        if (PARTS == 1 && (SPLIT > 1 || STAGED)) __syncthreads();  // scores and tiles lie where shares go
+                unsigned p[HEAD_TILES][2];
 #pragma unroll
-        for (int n = 0; n < HEAD_TILES; n++) {
+                for (int n = 0; n < HEAD_TILES; n++) {
+                    float shrink[2];
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const int head = 8 * n + 2 * t + i;
+                    for (int i = 0; i < 4; i++) {
+                        const int position = key + g + i / 2 * 8;
+                        s[n][i] = position < length && position >= lowest ? s[n][i] * scale_log2 : -INFINITY;
+                    }
 #pragma unroll
-                for (int offset = 4; offset < 32; offset *= 2)
-                    sums[n][i] += __shfl_xor_sync(~0u, sums[n][i], offset);
-                if (g == 0 && first_dimension == 0)
-                    shared_statistics[part][key_warp][head] = make_float2(largest[n][i], sums[n][i]);
-                if (head >= my_heads) continue;
-                float* to = shares + ((part * KEY_WARPS + key_warp) * slots + head) * SHARE_STRIDE + first_dimension;
+                    for (int i = 0; i < 2; i++) {
+                        float m = fmaxf(s[n][i], s[n][i + 2]);
+#pragma unroll
+                        for (int offset = 4; offset < 32; offset *= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, offset));
+                        m = fmaxf(m, largest[n][i]);  // finite: every tile has a visible key
+                        shrink[i] = power_of_two(largest[n][i] - m);
+                        largest[n][i] = m;
+                        s[n][i] = power_of_two(s[n][i] - m);
+                        s[n][i + 2] = power_of_two(s[n][i + 2] - m);
+                        sums[n][i] = sums[n][i] * shrink[i] + (s[n][i] + s[n][i + 2]);
+                    }
+                    p[n][0] = transpose8x8(as_bits(__floats2half2_rn(s[n][0], s[n][1])));
+                    p[n][1] = transpose8x8(as_bits(__floats2half2_rn(s[n][2], s[n][3])));
+#pragma unroll
+                    for (int m = 0; m < PART_DIM / 16; m++)
+#pragma unroll
+                        for (int i = 0; i < 4; i++) o[n][m][i] *= shrink[i % 2];
+                }
 #pragma unroll
                 for (int m = 0; m < PART_DIM / 16; m++) {
-                    if (m < ValueTile::PAIRED) {  // two tiles at a time: the four dimensions are neighbours
-                        if (m % 2 == 0)
-                            *reinterpret_cast<float4*>(to + ValueTile::dimension(m, g)) =
-                                make_float4(o[n][m][i], o[n][m][i + 2], o[n][m + 1][i], o[n][m + 1][i + 2]);
-                    } else {
-                        *reinterpret_cast<float2*>(to + ValueTile::dimension(m, g)) =
-                            make_float2(o[n][m][i], o[n][m][i + 2]);
+                    const uint2 low = v.operand(0, m), high = v.operand(2, m);
+                    const unsigned a[4] = {low.x, low.y, high.x, high.y};
+#pragma unroll
+                    for (int n = 0; n < HEAD_TILES; n++) mma(o[n][m], a, p[n][0], p[n][1]);
+                }
+                if (STAGED && more) {
+                    take_values();
+                    stage_values(next + TURN, next_place);
+                } else if (more) v.load(values + next_place, g, t);
+                if (!real) break;
+                next_page = later_page;
+                later_page = page_of(next + (2 + STAGED) * TURN);
+            }
+
+            const int slots = after.slots;
+            if (ALIASED && (SPLIT > 1 || STAGED)) __syncthreads();  // scores and tiles lie where shares go
+#pragma unroll
+            for (int n = 0; n < HEAD_TILES; n++) {
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const int head = 8 * n + 2 * t + i;
+#pragma unroll
+                    for (int offset = 4; offset < 32; offset *= 2)
+                        sums[n][i] += __shfl_xor_sync(~0u, sums[n][i], offset);
+                    if (g == 0 && first_dimension == 0)
+                        shared_statistics[part][key_warp][head] = make_float2(largest[n][i], sums[n][i]);
+                    if (head >= after.heads) continue;
+                    float* to = shares + ((part * KEY_WARPS + key_warp) * slots + head) * SHARE_STRIDE;
+                    to += first_dimension;
+#pragma unroll
+                    for (int m = 0; m < PART_DIM / 16; m++) {
+                        if (m < ValueTile::PAIRED) {  // two tiles at a time: the four dimensions are neighbours
+                            if (m % 2 == 0)
+                                *reinterpret_cast<float4*>(to + ValueTile::dimension(m, g)) =
+                                    make_float4(o[n][m][i], o[n][m][i + 2], o[n][m + 1][i], o[n][m + 1][i + 2]);
+                        } else {
+                            *reinterpret_cast<float2*>(to + ValueTile::dimension(m, g)) =
+                                make_float2(o[n][m][i], o[n][m][i + 2]);
+                        }
                     }
                 }
             }
-        }
-    }
-    __syncthreads();
-    const size_t room = ((size_t)sequence * gridDim.x + blockIdx.x) * gridDim.z * PARTS;  // of chunk 0
-#if CLUSTER > 1
-    const int slice = shared_slice, first_piece = blockIdx.z * slice, end_piece = min(first_piece + slice, pieces);
-    const float per_slice = 1.0f / slice;
-#endif
-    // The warps' shares of a chunk, added in their order.
+            __syncthreads();
+            // The warps' shares of the chunk, added in their order.
+            const int chunk = blockIdx.z * PARTS + part;
 #pragma unroll 1
-    for (int part = 0; part < own_chunks; part++) {
-        const int chunk = first_chunk + part;
-#pragma unroll 1
-        for (int i = threadIdx.x; i < pieces; i += THREADS) {
-            const int head = i / PIECES, dimension = i % PIECES * 4;
-            float m = LOWEST;
+            for (int i = threadIdx.x; i < after.heads * PIECES; i += THREADS) {
+                const int head = i / PIECES, dimension = i % PIECES * 4;
+                float m = LOWEST;
 #pragma unroll
-            for (int w = 0; w < KEY_WARPS; w++) m = fmaxf(m, shared_statistics[part][w][head].x);
-            Merged sum;
+                for (int w = 0; w < KEY_WARPS; w++) m = fmaxf(m, shared_statistics[part][w][head].x);
+                Merged sum;
 #pragma unroll
-            for (int w = 0; w < KEY_WARPS; w++) {
-                const float2 share = shared_statistics[part][w][head];
-                const float* o = shares + ((part * KEY_WARPS + w) * slots + head) * SHARE_STRIDE + dimension;
-                sum.add(power_of_two(share.x - m), share.y, *reinterpret_cast<const float4*>(o));
-            }
-            if (chunks == 1) {
-                put(shared_token, head, dimension, sum.halves(m, shared_sinks[head], out_factor));
+                for (int w = 0; w < KEY_WARPS; w++) {
+                    const float2 share = shared_statistics[part][w][head];
+                    const float* o = shares + ((part * KEY_WARPS + w) * slots + head) * SHARE_STRIDE + dimension;
+                    sum.add(power_of_two(share.x - m), share.y, *reinterpret_cast<const float4*>(o));
+                }
+                if (!real) continue;
+                if (after.chunks == 1) {
+                    put(after.token, after.column + 4 * i, sum.halves(m, shared_sinks[head], out_factor));
 #if CLUSTER > 1
-            } else if (exchange) {
-                const int owner = (i + 0.5f) * per_slice, at = i - owner * slice;  // exact for so few
-                inbox_store(&inbox[chunk * slice + at], &inbox_barrier, owner, sum.values);
-                if (at == 0 || dimension == 0)
-                    inbox_store(&inbox_statistics[chunk][head], &inbox_barrier, owner, make_float2(m, sum.total));
+                } else {
+                    const int slice = shared_slice, owner = (i + 0.5f) * shared_per_slice;  // exact for so few
+                    const int at = i - owner * slice;
+                    inbox_store(&inbox[chunk * slice + at], &inbox_barrier, owner, sum.values);
+                    if (at == 0 || dimension == 0)
+                        inbox_store(&inbox_statistics[chunk][head], &inbox_barrier, owner, make_float2(m, sum.total));
+#else
+                } else {
+                    const size_t slot = slot_of(chunk, head);
+                    *reinterpret_cast<float4*>(partial + slot * HEAD_DIM + dimension) = sum.values;
+                    if (dimension == 0) statistics[slot] = make_float2(m, sum.total);
 #endif
-            } else {
-                const size_t slot = (room + chunk) * slots + head;
-                *reinterpret_cast<float4*>(partial + slot * HEAD_DIM + dimension) = sum.values;
-                if (dimension == 0) statistics[slot] = make_float2(m, sum.total);
+                }
             }
         }
-    }
-    if (chunks == 1) return;
+        const int all = after.chunks;
+        if (all == 1) {
+            if (real) return;
+            continue;
+        }
 #if CLUSTER > 1
-    if (exchange) {
-        inbox_wait(&inbox_barrier);
+        const int slice = shared_slice, first_piece = blockIdx.z * slice;
+        const int end_piece = min(first_piece + slice, after.heads * PIECES);
+        if (real) inbox_wait(&inbox_barrier);
 #pragma unroll 1
         for (int i = first_piece + threadIdx.x; i < end_piece; i += THREADS) {
             const int head = i / PIECES, dimension = i % PIECES * 4;
@@ -453,55 +479,55 @@ extern "C" __global__ void
             float2 share[CLUSTER * PARTS];
 #pragma unroll
             for (int c = 0; c < CLUSTER * PARTS; c++) {  // none is waited for
-                share[c] = inbox_statistics[min(c, chunks - 1)][head];
+                share[c] = inbox_statistics[min(c, all - 1)][head];
                 m = fmaxf(m, share[c].x);
             }
             Merged sum;
 #pragma unroll
             for (int c = 0; c < CLUSTER * PARTS; c++) {
-                const float4 part = inbox[min(c, chunks - 1) * slice + i - first_piece];
-                sum.add(c < chunks ? power_of_two(share[c].x - m) : 0.0f, share[c].y, part);
+                const float4 part = inbox[min(c, all - 1) * slice + i - first_piece];
+                sum.add(c < all ? power_of_two(share[c].x - m) : 0.0f, share[c].y, part);
             }
-            put(shared_token, head, dimension, sum.halves(m, shared_sinks[head], out_factor));
+            if (real) put(after.token, after.column + 4 * i, sum.halves(m, shared_sinks[head], out_factor));
         }
-        return;
-    }
-#endif
-
-    // The last block to arrive adds the chunks.
-    int* ticket = tickets + sequence * gridDim.x + blockIdx.x;
-    __syncthreads();
-    if (threadIdx.x == 0) last = take_ticket(ticket) == owners - 1;
-    __syncthreads();
-    if (!last) return;
-    for (int head = warp; head < my_heads; head += WARPS) {
-        float2 share[MAX_CHUNKS / 32];
-        float m = LOWEST;
+#else
+        // The last block to arrive adds the chunks.
+        int* ticket = tickets + sequence * gridDim.x + blockIdx.x;
+        __syncthreads();
+        if (threadIdx.x == 0) last = take_ticket(ticket) == all - 1;
+        __syncthreads();
+        if (!last) return;
+        for (int head = warp; head < after.heads; head += WARPS) {
+            float2 share[MAX_CHUNKS / 32];
+            float m = LOWEST;
 #pragma unroll
-        for (int i = 0; i < MAX_CHUNKS / 32; i++) {
-            const int c = lane + 32 * i;
-            share[i] = c < chunks ? __ldcg(&statistics[(room + c) * slots + head]) : make_float2(LOWEST, 0);
-            m = fmaxf(m, share[i].x);
+            for (int i = 0; i < MAX_CHUNKS / 32; i++) {
+                const int c = lane + 32 * i;
+                share[i] = c < all ? __ldcg(&statistics[slot_of(c, head)]) : make_float2(LOWEST, 0);
+                m = fmaxf(m, share[i].x);
+            }
+#pragma unroll
+            for (int offset = 16; offset; offset /= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, offset));
+#pragma unroll
+            for (int i = 0; i < MAX_CHUNKS / 32; i++)
+                shared.weights[head][lane + 32 * i] = make_float2(power_of_two(share[i].x - m), share[i].y);
+            if (lane == 0) shared_statistics[0][0][head].x = m;
         }
-#pragma unroll
-        for (int offset = 16; offset; offset /= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, offset));
-#pragma unroll
-        for (int i = 0; i < MAX_CHUNKS / 32; i++)
-            shared.weights[head][lane + 32 * i] = make_float2(power_of_two(share[i].x - m), share[i].y);
-        if (lane == 0) shared_statistics[0][0][head].x = m;
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < pieces; i += THREADS) {
-        const int head = i / PIECES, dimension = i % PIECES * 4;
-        const float* parts = partial + (room * slots + head) * HEAD_DIM + dimension;
-        Merged sum;
+        __syncthreads();
+        for (int i = threadIdx.x; i < after.heads * PIECES; i += THREADS) {
+            const int head = i / PIECES, dimension = i % PIECES * 4;
+            const float* parts = partial + slot_of(0, head) * HEAD_DIM + dimension;
+            Merged sum;
 #pragma unroll 16
-        for (int c = 0; c < chunks; c++) {
-            const float2 weight = shared.weights[head][c];
-            sum.add(weight.x, weight.y, __ldcg(reinterpret_cast<const float4*>(parts + (size_t)c * slots * HEAD_DIM)));
+            for (int c = 0; c < all; c++) {
+                const float2 weight = shared.weights[head][c];
+                const float* part = parts + (size_t)c * slots * HEAD_DIM;
+                sum.add(weight.x, weight.y, __ldcg(reinterpret_cast<const float4*>(part)));
+            }
+            const float largest = shared_statistics[0][0][head].x;
+            put(after.token, after.column + 4 * i, sum.halves(largest, shared_sinks[head], out_factor));
         }
-        const float largest = shared_statistics[0][0][head].x;
-        put(shared_token, head, dimension, sum.halves(largest, shared_sinks[head], out_factor));
+        if (threadIdx.x == 0) *ticket = 0;
+#endif
     }
-    if (threadIdx.x == 0) *ticket = 0;
 }

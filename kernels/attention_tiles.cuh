@@ -150,11 +150,20 @@ struct ValueTile {
 
 // A warp's tile of keys or values on its way to shared memory.
 __device__ __forceinline__ void stage(Kv* to, int stride, const Kv* tile) {
+    constexpr int PIECES = ROW_BYTES / 16, ROWS = 32 / PIECES;  // of 16 bytes in a row; rows of a pass
+    const int lane = threadIdx.x % 32;
+    if constexpr (32 % PIECES == 0) {
+        const int first = lane / PIECES, at = lane % PIECES * (16 / sizeof(Kv));
+        to += first * stride + at, tile += first * HEAD_DIM + at;
 #pragma unroll
-    for (int i = 0; i < (ROW_BYTES + 31) / 32; i++) {
-        const int piece = threadIdx.x % 32 + 32 * i, row = piece / (ROW_BYTES / 16), at = piece % (ROW_BYTES / 16);
-        if (ROW_BYTES % 32 && row >= TILE) break;
-        copy_async(to + row * stride + at * (16 / sizeof(Kv)), tile + row * HEAD_DIM + at * (16 / sizeof(Kv)), 16);
+        for (int row = 0; row < TILE; row += ROWS) copy_async(to + row * stride, tile + row * HEAD_DIM, 16);
+    } else {
+#pragma unroll
+        for (int i = 0; i < (ROW_BYTES + 31) / 32; i++) {
+            const int piece = lane + 32 * i, row = piece / PIECES, at = piece % PIECES * (16 / sizeof(Kv));
+            if (ROW_BYTES % 32 && row >= TILE) break;
+            copy_async(to + row * stride + at, tile + row * HEAD_DIM + at, 16);
+        }
     }
 }
 

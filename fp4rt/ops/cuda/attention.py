@@ -32,8 +32,8 @@ def variants(capability: int) -> list[tuple[str, dict[str, int], int]]:
             found.append(("attention_prefill", {"HEAD_DIM": dim, **kv}, _flash(dim, capability)[2]))
             plans = {}
             for tiles in (1, 2) if dim <= 128 else (1,):
-                for chunks, crowded in ((1, False), (8, False), (8, True), (32, False), (2, False)):
-                    plan = _Decode.of(dim, tiles, 8 * tiles, 1 if kv else 2, capability, chunks, crowded)
+                for chunks, parts in ((1, 1), (8, 1), (8, 2), (32, 1), (2, 1), (4, 2), (4, 1)):
+                    plan = _Decode.of(dim, tiles, 8 * tiles, 1 if kv else 2, capability, chunks, parts)
                     plans[tuple(plan.defines.items())] = plan
             found += [("attention_decode", {"HEAD_DIM": dim, **plan.defines, **kv}, plan.shared)
                       for plan in plans.values()]
@@ -155,15 +155,16 @@ def _decode(device: Device, qkv: Activation, batch: DeviceBatch, pages: Pages, s
         turns = min(turns, -(-shape.window // turn) + 1)
     spread, short, most = _chunking(blocks, sequences)
     chunks = min(turns, most, max(spread, -(-turns // short)))
-    # Where a multiprocessor's registers have room for two or three blocks and there would be about so many.
-    crowded = sequences <= 8 and blocks * sequences * chunks > 0.75 * (3 if dim <= 128 else 2) * device.sm_count
-    plan = _Decode.of(dim, tiles, rows, pages.keys.itemsize, device.capability, chunks, crowded)
-    slots = sequences * blocks * plan.blocks * plan.parts * rows if plan.blocks > plan.cluster else 0
+    # Blocks that find a place beside those of the kernel before begin to read ahead of it: fewer, with two chunks each.
+    crowded = sequences <= 8 and sequences * blocks * chunks > (1 if dim <= 128 else 1.5) * device.sm_count
+    parts = 2 if crowded and chunks > 2 else 1
+    plan = _Decode.of(dim, tiles, rows, pages.keys.itemsize, device.capability, chunks, parts)
+    slots = sequences * blocks * chunks * rows if plan.cluster == 1 else 0
     partial = device.scratch((slots, dim), np.float32)
     statistics = device.scratch((slots, 2), np.float32)
     device.kernel("attention_decode", "attention_decode", **defines, **plan.defines)(
         (blocks, sequences, -(-plan.blocks // plan.cluster) * plan.cluster), 32 * warps, qkv.data, pages.keys,
-        pages.values, batch.starts, batch.lengths, table, width, shape.num_heads, kv_heads, *opening, spread, short,
+        pages.values, batch.starts, batch.lengths, table, width, group, kv_heads, *opening, spread, short,
         most, partial, statistics, batch.tickets, 2 * ordered.padded + ordered.interleaved if ordered else 0, out,
         shared=plan.shared, pdl=True)
 
@@ -196,25 +197,26 @@ class _Decode:
     shared: int
 
     @staticmethod
-    def of(dim: int, tiles: int, rows: int, kv_bytes: int, capability: int, chunks: int, crowded: bool) -> _Decode:
+    def of(dim: int, tiles: int, rows: int, kv_bytes: int, capability: int, chunks: int, parts: int) -> _Decode:
         """tiles: of eight query heads each, `rows` of which are there; kv_bytes: of a number in the pages."""
-        # Clusters (sm_90) where one has all chunks; two chunks for a block let more of them run side by side. Longer
-        # contexts fill the chip evenly as they are; wider heads lack the registers and shared memory.
+        # Clusters (sm_90) where one has all chunks. Longer contexts fill the chip evenly as they are; wider heads lack
+        # the registers and shared memory for two chunks of a block.
         clustered = capability >= 90 and chunks <= 8
-        parts = 2 if clustered and crowded and chunks > 1 and dim <= 256 else 1
+        parts = parts if clustered and dim <= 256 else 1
         blocks = -(-chunks // parts)
         cluster = 1 << (blocks - 1).bit_length() if clustered else 1
-        # Two blocks of wide heads with shares of two chunks and tiles would leave the next linear no shared memory.
+        # Two blocks of wide heads with tiles and the shares of two chunks would leave the next linear no shared memory.
         staged = capability in (80, 90) and (parts == 1 or dim <= 128)
         warps, split = _warps(dim)
         row = dim // split * kv_bytes
         strides = (row + 63) // 128 * 128 + 64 + (row + 111) // 128 * 128 + 16  # KEY_STRIDE and VALUE_STRIDE in bytes
         waiting = (2 * warps if split > 1 else 1) * 512 + warps * (_TILE * strides if staged else 32 * kv_bytes)
         waiting = max(waiting, 8 * tiles * _MAX_CHUNKS * 8)
+        apart = parts > 1 or cluster > 1 and dim <= 128  # as ALIASED says
         shares = parts * (warps // split) * rows * (dim + 4) * 4
         inbox = 16 * (rows * dim // 4 + cluster) * parts if cluster > 1 else 0
         return _Decode({"HEAD_TILES": tiles, "PARTS": parts, "CLUSTER": cluster, "STAGED": int(staged)}, parts, blocks,
-                       cluster, (waiting + shares if parts > 1 else max(waiting, shares)) + inbox)
+                       cluster, (waiting + shares if apart else max(waiting, shares)) + inbox)
 
 
 def _flash(head_dim: int, capability: int) -> tuple[int, int, int]:

@@ -30,6 +30,15 @@ def ops():
     backend.close()
 
 
+@pytest.fixture(scope="module")
+def deterministic(ops):
+    from fp4rt.ops.cuda import CudaOps
+
+    backend = CudaOps(deterministic=True)
+    yield backend
+    backend.close()
+
+
 @pytest.mark.parametrize("number", range(20))
 def test_every_variant(ops, monkeypatch, number: int):
     from fp4rt.ops.cuda import warpgroup
@@ -43,6 +52,23 @@ def test_every_variant(ops, monkeypatch, number: int):
         if hasattr(result, "exponent"):
             allowed = allowed + 2.0 ** (result.exponent - 24)
         np.testing.assert_array_less(np.abs(values(ops, result) - y), allowed + 1e-30, err_msg=f"{case}: {variant}")
+
+
+@pytest.mark.parametrize("number", range(7))
+def test_every_variant_that_follows_the_few_token_kernel_has_its_bits(deterministic, monkeypatch, number: int):
+    from fp4rt.ops.cuda import warpgroup
+
+    assert len(warpgroup.REPRODUCING) == 7
+    variant = warpgroup.REPRODUCING[number]
+    monkeypatch.setattr(warpgroup, "choose", lambda *_: variant)
+    k = 14336 if variant.sums == 3 else 2704  # of the longer rows, the columns are divided into parts
+    for case in (LinearCase(300, (("NVFP4", 300), ), k, residual=True), LinearCase(140, (("BF16", 200), ), k),
+                 LinearCase(140, (("FP8", 96), ("FP8", 96)), k, norm=True, gated=True)):
+        together, weight = run(deterministic, case)
+        for start in range(0, case.tokens, 8):
+            few, _ = run(deterministic, case, slice(start, start + 8), weight)
+            np.testing.assert_array_equal(values(deterministic, together)[start:start + 8], values(deterministic, few),
+                                          err_msg=f"{case}: {variant}")
 
 
 @pytest.mark.parametrize("tokens", [16, 17, 64, 100, 128, 129, 300, 1024])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cupy
 import numpy as np
 
 from fp4rt.ops.cuda.device import SHARED_LIMIT, Device
-from fp4rt.ops.cuda.tiles import Layout, Packed
+from fp4rt.ops.cuda.tiles import EXPERT_WARPS, Layout, Packed, few_warps, sum_defines
 
 WHOLE = 128        # columns of the longest tile: what is a multiple of it has no tail in any layout
 _THREADS = 384     # two warpgroups that compute and one that brings
@@ -22,6 +22,9 @@ class Warpgroups:
     alone, shared: microseconds for 128 columns where a block has an SM to itself, and where two share one (so do those
     of larger clusters, however many there are): measured on an H100 with the NVFP4 linears of Llama-3.1-8B. Blocks of
     many sums have an SM to themselves.
+
+    sums: that a thread keeps of each output: 1, or as many as it takes to follow the few-token kernel's order of
+    additions, 2, and 3 where that divides the columns into parts.
     """
 
     rows: int
@@ -29,10 +32,11 @@ class Warpgroups:
     split: int
     alone: float
     shared: float
+    sums: int = 1
 
     @property
     def blocks(self) -> int:
-        return 2 if self.rows * self.tokens <= 128 * 64 else 1
+        return 2 if self.rows * self.tokens * self.sums <= 128 * 64 else 1
 
     def _sum_bytes(self) -> int:
         """Two warpgroups' sums of some tokens; those of a cluster lie where the ring was."""
@@ -49,9 +53,11 @@ class Warpgroups:
     def shared_bytes(self, layout: Layout) -> int:
         return self.stages(layout) * self._stage_bytes(layout) + self._sum_bytes()
 
-    def defines(self, layout: Layout) -> dict[str, int]:
+    def defines(self, layout: Layout, warps: int = 1) -> dict[str, int]:
+        """warps: of the few-token kernel that several sums follow."""
         return {"WARPGROUP_ROWS": self.rows, "WARPGROUP_TOKENS": self.tokens, "WARPGROUP_STAGES": self.stages(layout),
-                "WARPGROUP_SPLIT": self.split, "WARPGROUP_BLOCKS": self.blocks, **layout.defines}
+                "WARPGROUP_SPLIT": self.split, "WARPGROUP_BLOCKS": self.blocks,
+                **sum_defines(self.sums, warps), **layout.defines}
 
     def tiles(self, group: Packed, token_blocks: int) -> int:
         return token_blocks * -(-group.row_tiles * 16 // self.rows)
@@ -80,6 +86,8 @@ VARIANTS = (*(Warpgroups(256, 128, split, 1.35, 1.35) for split in (1, 2, 4)),
             *(Warpgroups(128, tokens, split, alone, shared)
               for tokens, alone, shared in ((64, 0.5, 0.8), (32, 0.42, 0.62), (16, 0.4, 0.55))
               for split in _SPLITS))
+REPRODUCING = tuple(replace(variant, sums=sums) for variant in VARIANTS for sums in (2, 3)
+                    if variant.split == 1 and variant.rows * variant.tokens * sums <= 128 * 256)
 
 
 def runs(device: Device, layout: Layout) -> bool:
@@ -97,21 +105,28 @@ def variants(capability: int) -> list[tuple[str, dict[str, int], int]]:
 
     if capability != 90:
         return []
-    return [("order", {}, 0), *((layout.stem, {**experts, **variant.defines(layout)}, variant.shared_bytes(layout))
-                                for layout in LAYOUTS if _runs(layout) for variant in VARIANTS
-                                for experts in ({}, _EXPERTS) if variant.split == 1 or not experts)]
+    found = [("order", {}, 0)]
+    for layout in LAYOUTS:
+        for variant in (*VARIANTS, *REPRODUCING) if _runs(layout) else ():
+            kernels = [({}, few_warps(SHARED_LIMIT[90]))]
+            if variant.split == 1 and variant.sums < 3:
+                kernels += [(_EXPERTS, warps) for warps in EXPERT_WARPS[:variant.sums]]
+            found += [(layout.stem, {**experts, **variant.defines(layout, warps)}, variant.shared_bytes(layout))
+                      for experts, warps in kernels]
+    return found
 
 
-def choose(device: Device, group: Packed, tokens: int) -> Warpgroups:
+def choose(device: Device, group: Packed, tokens: int, sums: int = 1) -> Warpgroups:
     """The variant that is done first. Each cluster's block needs columns of its own."""
     k_tiles = -(-group.in_features // group.layout.tile_k)
-    return min((variant for variant in VARIANTS if variant.split <= k_tiles),
+    return min((variant for variant in (*VARIANTS, *REPRODUCING) if variant.split <= k_tiles and variant.sums == sums),
                key=lambda variant: variant.time(device, group, -(-tokens // variant.tokens)))
 
 
-def choose_grouped(device: Device, up: Packed, down: Packed, pairs: int) -> tuple[Warpgroups, Warpgroups]:
+def choose_grouped(device: Device, up: Packed, down: Packed, pairs: int,
+                   sums: int = 1) -> tuple[Warpgroups, Warpgroups]:
     """For pairs grouped by expert, with blocks of as many tokens: the most that an average expert half fills."""
-    whole = [variant for variant in VARIANTS if variant.split == 1]
+    whole = [variant for variant in (*VARIANTS, *REPRODUCING) if variant.split == 1 and variant.sums == sums]
     sizes = sorted({variant.tokens for variant in whole})
     size = max((size for size in sizes if pairs >= size // 2 * up.experts), default=sizes[0])
     blocks = pairs // size + min(pairs, up.experts) // 2
@@ -145,15 +160,18 @@ def order(device: Device, x: cupy.ndarray, layout: Layout) -> Ordered:
     return y
 
 
-def launch(device: Device, x: Ordered, group: Packed, out: cupy.ndarray, epilogue: tuple) -> None:
-    """x @ W^T to `out`; epilogue: from row_scale on, as kernels/linear.cuh says."""
+def launch(device: Device, x: Ordered, group: Packed, out: cupy.ndarray, epilogue: tuple, *, sums: int = 1,
+           parts: int = 1) -> None:
+    """x @ W^T to `out`; epilogue: from row_scale on, as kernels/linear.cuh says. sums: of the variant; parts: as many
+    as the few-token kernel divides the columns into."""
     tokens, k = x.shape
-    variant = choose(device, group, tokens)
+    variant = choose(device, group, tokens, sums)
     blocks = variant.tiles(group, -(-tokens // variant.tokens)) * variant.split
     if variant.split == 1:
         blocks = min(blocks, variant.places(device, group.layout))  # each goes through several tiles
-    device.kernel(group.layout.stem, "many_warpgroups", **variant.defines(group.layout))(
-        blocks, _THREADS, group.tiles, x.data, tokens, x.padded, k, group.row_tiles, out, *epilogue,
+    device.kernel(group.layout.stem, "many_warpgroups",
+                  **variant.defines(group.layout, few_warps(device.shared_limit)))(
+        blocks, _THREADS, group.tiles, x.data, tokens, x.padded, k, group.row_tiles, parts, out, *epilogue,
         shared=variant.shared_bytes(group.layout), pdl=True)
 
 
@@ -168,10 +186,10 @@ def order_grouped(device: Device, x: cupy.ndarray, rows: cupy.ndarray | None, bl
     return y
 
 
-def launch_grouped(device: Device, x: Ordered, blocks: cupy.ndarray, packed: Packed, variant: Warpgroups,
+def launch_grouped(device: Device, x: Ordered, blocks: cupy.ndarray, packed: Packed, variant: Warpgroups, warps: int,
                    out: cupy.ndarray, epilogue: tuple) -> None:
-    """Each pair's x @ W^T of its expert."""
+    """Each pair's x @ W^T of its expert. warps: of the few-token kernel that the variant may follow."""
     grid = min(variant.tiles(packed, blocks.shape[0]), variant.places(device, packed.layout))
-    device.kernel(packed.layout.stem, "many_experts_warpgroups", **_EXPERTS, **variant.defines(packed.layout))(
+    device.kernel(packed.layout.stem, "many_experts_warpgroups", **_EXPERTS, **variant.defines(packed.layout, warps))(
         grid, _THREADS, packed.tiles, x.data, blocks, blocks.shape[0], x.padded, packed.in_features, packed.row_tiles,
         out, *epilogue, shared=variant.shared_bytes(packed.layout), pdl=True)

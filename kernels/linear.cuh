@@ -399,8 +399,8 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const v
 // -- The few-token kernel's sums, by other kernels ----------------------------------------------------------------
 
 // The order of column tiles in which a kernel whose every thread has its outputs to itself gets the few-token kernel's
-// bits: those of each of its WARPS one after the other, part by part (DIVIDED, or there is one). A product of 16 columns
-// adds up the same in mma and wgmma of any shape. WARPS 1: as they come, in one sum.
+// bits: those of each of its WARPS one after the other, part by part (DIVIDED; else there is one part). A product of 16
+// columns adds up the same in mma and in wgmma of any shape. WARPS 1: as they come, in one sum.
 enum SumEnd { SUM_GOES_ON, WARP_ENDS, PART_ENDS };
 template <int WARPS_, bool DIVIDED_> struct SumOrder {
     static constexpr int WARPS = WARPS_;

@@ -171,12 +171,61 @@ __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, c
                 }
             }
         }
-        wgmma_wait<0>();
+        auto finish = [&]() {
+            wgmma_wait<0>();
 #pragma unroll
-        for (int m = 0; m < M; m++) {
-            wgmma_settled(acc[m]);
-            sum[m].finish(acc[m]);
+            for (int m = 0; m < M; m++) {
+                wgmma_settled(acc[m]);
+                sum[m].finish(acc[m]);
+            }
+        };
+
+        // Gate and up of a row of the product are in one thread: what goes to another linear leaves from registers.
+        if (SPLIT == 1 && e.mode == STORE_INTERLEAVED && (e.activation == SILU || e.activation == GELU_TANH)) {
+            const int g = lane / 4, t = lane % 4;
+            const int first_tile = tile / token_tiles * ROW_TILES + group * M * 4 + warp % 4;
+            const int4 part = tokens_of(tile);
+            float scale[M][2], bias[M][2];
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                const size_t row = ((size_t)part.x * row_tiles + first_tile + m * 4) * 16 + g;
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    scale[m][half] = e.row_scale[row + half * 8] * e.in_factor;
+                    bias[m][half] = e.bias ? e.bias[row + half * 8] : 0.0f;
+                }
+            }
+            Slope slope = slope_of(e.activation);
+            asm volatile("" : "+f"(slope.linear), "+f"(slope.cubic));  // one copy of what follows for both
+            finish();
+            mbarrier_arrive(empty + last * 8);
+            // Lanes of neighbouring rows exchange tokens: one gets both rows of the even token, one those of the odd.
+            const int own = 2 * t + g % 2, pick = g % 2 ? 0x3276 : 0x5410;
+            unsigned* const to = static_cast<unsigned*>(e.out)
+                + ordered_word(first_tile * 8 + g / 2 * 2, part.y + own, e.stride / 64, true, own);
+#pragma unroll
+            for (int n = 0; n < N / 8; n++) {
+                unsigned words[M];
+#pragma unroll
+                for (int m = 0; m < M; m++) {
+                    float v[2];
+#pragma unroll
+                    for (int j = 0; j < 2; j++) {
+                        const float gate = acc[m][n * 4 + j] * scale[m][0] + bias[m][0];
+                        const float up = acc[m][n * 4 + 2 + j] * scale[m][1] + bias[m][1];
+                        v[j] = smooth_product(gate, up, slope) * e.out_factor;
+                    }
+                    const unsigned both = as_bits(__floats2half2_rn(v[0], v[1]));
+                    words[m] = __byte_perm(both, __shfl_xor_sync(~0u, both, 4), pick);
+                }
+                if (part.y + n * 8 + own < part.z) {
+                    if constexpr (M == 2) *reinterpret_cast<uint2*>(to + n * 256) = make_uint2(words[0], words[1]);
+                    else to[n * 256] = words[0];
+                }
+            }
+            continue;
         }
+        finish();
 
         if constexpr (SPLIT > 1) barrier_wait(1, GROUPS * 128);  // the ring is free for the sums
 
@@ -245,16 +294,17 @@ __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, c
                 }
             }
         };
-#pragma unroll
+#pragma unroll 1
         for (int chunk = 0; chunk < N / CHUNK; chunk++) {
 #pragma unroll
-            for (int m = 0; m < M; m++) {
+            for (int n = 0; n < N / 8; n++) {
+                if (n / (CHUNK / 8) != chunk) continue;
 #pragma unroll
-                for (int n = 0; n < CHUNK / 8; n++) {
+                for (int m = 0; m < M; m++) {
 #pragma unroll
                     for (int i = 0; i < 4; i++)
-                        own_sums[(n * 8 + 2 * t + i % 2) * STRIDE + m * 64 + thread / 32 * 16 + g + i / 2 * 8] =
-                            acc[m][(chunk * (CHUNK / 8) + n) * 4 + i];
+                        own_sums[(n % (CHUNK / 8) * 8 + 2 * t + i % 2) * STRIDE + m * 64 + thread / 32 * 16 + g
+                                 + i / 2 * 8] = acc[m][n * 4 + i];
                 }
             }
             if (chunk == 0) mbarrier_arrive(empty + last * 8);

@@ -80,18 +80,33 @@ def test_the_chosen_variant(ops, tokens: int):
 
 
 @pytest.mark.parametrize("kinds", [("NVFP4", "NVFP4"), ("NVFP4", "BF16"), ("FP8", "NVFP4"), ("BF16", "FP8")])
-@pytest.mark.parametrize("gated", [False, True])
-def test_what_goes_to_one_linear_is_the_same_in_its_order(ops, kinds: tuple[str, str], gated: bool):
-    rng = np.random.default_rng(6)
+@pytest.mark.parametrize("name", ["relu2", "silu", "gelu_tanh", "swiglu_oai"])
+def test_what_goes_to_one_linear_is_the_same_in_its_order(ops, kinds: tuple[str, str], name: str):
+    rng, gated = np.random.default_rng(6), name != "relu2"
     up = ops.linear_weight([make_weight(rng, kinds[0], 384, 256) for _ in range(1 + gated)], gated=gated)
     down = ops.linear_weight([make_weight(rng, kinds[1], 200, 384)])
     x = activation(ops, rng.standard_normal((45, 256)))
     h = rng.standard_normal((45, 200))
-    name = "silu" if gated else "relu2"
     ordered = ops.linear(x, up, activation=name, then=down)
     assert ordered.data is None and ordered.shape == (45, 384)
     plain = ops.linear(x, up, activation=name)
     got, want = (values(ops, ops.linear(y, down, residual=residual_stream(ops, h))) for y in (ordered, plain))
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_every_variant_hands_on_the_same_in_order(ops, monkeypatch, number: int):
+    from fp4rt.ops.cuda import warpgroup
+
+    variant = [variant for variant in warpgroup.VARIANTS if variant.split == 1][number]
+    monkeypatch.setattr(warpgroup, "choose", lambda *_: variant)
+    rng = np.random.default_rng(9)
+    up = ops.linear_weight([make_weight(rng, "NVFP4", 384, 1120, bias=rng.standard_normal(384).astype(np.float32))
+                            for _ in range(2)], gated=True)
+    down = ops.linear_weight([make_weight(rng, "NVFP4", 200, 384)])
+    x, h = activation(ops, rng.standard_normal((300, 1120))), rng.standard_normal((300, 200))
+    got, want = (values(ops, ops.linear(ops.linear(x, up, activation="silu", then=then), down,
+                                        residual=residual_stream(ops, h))) for then in (down, None))
     np.testing.assert_array_equal(got, want)
 
 

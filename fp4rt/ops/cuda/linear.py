@@ -23,7 +23,7 @@ from fp4rt.ops.cuda.rms_norm import Normed
 from fp4rt.ops.cuda.tiles import FEW_TOKENS, Layout, Packed, few_warps, pack, sum_bytes, sum_defines
 
 FUSED_NORM_TOKENS = 2  # up to which every block norms the rows itself; more are faster normed once
-UNDIVIDED, WHOLE, SHARED = range(3)  # enum Division in kernels/linear.cuh
+UNDIVIDED, WHOLE, SHARED = range(3)  # enum Division in kernels/linear_few.cuh
 STORE_HALF, STORE_FLOAT, ADD_FLOAT, STORE_ORDERED, STORE_INTERLEAVED = range(5)  # enum Output in kernels/linear.cuh
 _NO_NORM = None, 0.0, 0.0
 _RESERVED = 1024  # bytes of shared memory that a block has beyond its own
@@ -241,7 +241,7 @@ def _launch(device: Device, x: Activation | Normed, group: Packed, out: cupy.nda
     if by_warpgroups and isinstance(x, Normed) and group.prescale is None and k % warpgroup.WHOLE == 0:
         ordered = x.ordered(device, group.layout.interleaved)
         x = Activation(None, x.exponent, x.row_length(), x.row_length(), ordered=ordered)
-    if isinstance(x, Normed) and (tokens > FUSED_NORM_TOKENS or group.prescale is not None or parts > 1):
+    if isinstance(x, Normed) and (tokens > FUSED_NORM_TOKENS or group.prescale is not None or k % 8 or parts > 1):
         x = x.computed(device)
     if group.prescale is not None:
         x = _prescaled(device, x, group)
@@ -293,8 +293,8 @@ def _handed_over(device: Device, group: Packed, tokens: int) -> cupy.ndarray | N
 
 @dataclass(frozen=True)
 class FewPlan:
-    """How the few-token kernel takes so many tokens: how the columns are divided and into how many parts; its dynamic
-    shared bytes."""
+    """How the few-token kernel takes so many tokens: into how many parts the columns are divided, who takes them (enum
+    Division in kernels/linear_few.cuh), its dynamic shared bytes."""
 
     division: int
     parts: int

@@ -72,7 +72,7 @@ class Layout(ABC):
     def few_defines(self, shared_limit: int, division: int = 0) -> dict[str, int]:
         """Constants of the few-token kernel (and of `repack`, beside it): warps of a block, which split the columns;
         tiles each has on the way; blocks whose registers fit an SM, so that the next kernel's can begin; how columns
-        are divided (enum Division in kernels/linear.cuh)."""
+        are divided (enum Division in kernels/linear_few.cuh)."""
         warps = few_warps(shared_limit)
         slot = self.tile_bytes + FEW_TOKENS * self.tile_k * 2
         depth = (shared_limit - sum_bytes(warps, FEW_TOKENS)) // (warps * slot)

@@ -13,7 +13,7 @@
 // A stage is free when every thread that computes has said so, after the products of what it read are done.
 //
 // SPLIT blocks, a cluster, share a tile's columns; each has one tile at least. Their sums are added in order of rank,
-// through shared memory. BLOCKS: how many blocks share an SM.
+// through shared memory. BLOCKS: how many blocks share an SM. Order: SumOrder of linear_many.cuh.
 //
 // Dynamic shared memory: activations [STAGES][Tile::K / 64][N][64] halves; weights [STAGES][row tiles][Tile::BYTES];
 // sums [2][tokens at a time][M * 64 + 4] floats (SPLIT: in their place); barriers [2][STAGES].

@@ -67,11 +67,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
 }
 
+__device__ __forceinline__ float as_float(__half value) { return __half2float(value); }
+__device__ __forceinline__ float as_float(float value) { return value; }
+
 // out[token][n] = sum over its slots, in order, of shares[pair] * y[places[pair]][n], y times in_factor. Float added to
 // what is there (add), or fp16 times out_factor. One block per token. Dynamic shared memory: float and int [slots].
-extern "C" __global__ void __launch_bounds__(THREADS)
-    sum_slots(const __half* y, const int* places, const float* shares, void* out, int slots, int N, int add,
-              float in_factor, float out_factor) {
+template <class T>
+__device__ __forceinline__ void sum_outputs(const T* y, const int* places, const float* shares, void* out, int slots,
+                                            int N, int add, float in_factor, float out_factor) {
     extern __shared__ float weights[];
     int* const rows = reinterpret_cast<int*>(weights + slots);
     const size_t token = blockIdx.x;
@@ -84,11 +87,24 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     __syncthreads();
     for (int n = threadIdx.x; n < N; n += THREADS) {
         float sum = 0.0f;
-        for (int s = 0; s < slots; s++) sum += weights[s] * __half2float(y[(size_t)rows[s] * N + n]);
+        for (int s = 0; s < slots; s++) sum = fmaf(weights[s], as_float(y[(size_t)rows[s] * N + n]), sum);
         const size_t at = token * N + n;
         if (add) reinterpret_cast<float*>(out)[at] += sum;
         else reinterpret_cast<__half*>(out)[at] = __float2half_rn(sum * out_factor);
     }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    sum_slots(const __half* y, const int* places, const float* shares, void* out, int slots, int N, int add,
+              float in_factor, float out_factor) {
+    sum_outputs(y, places, shares, out, slots, N, add, in_factor, out_factor);
+}
+
+// With the bits of the kernel for a few tokens.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    sum_float_slots(const float* y, const int* places, const float* shares, void* out, int slots, int N, int add,
+                    float in_factor, float out_factor) {
+    sum_outputs(y, places, shares, out, slots, N, add, in_factor, out_factor);
 }
 
 // y[r][k] = x[r / pairs_of_x][k] * scale[ids[pair]][k] * factor, fp16, one block per pair; r is places[pair], or the

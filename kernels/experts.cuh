@@ -113,7 +113,7 @@ __device__ __forceinline__ void chosen_experts(const unsigned char* weights, con
         float value = 0.0f;
 #pragma unroll
         for (int w = 0; w < WARPS; w++) value += sums[w][own * 16 + row];
-        value = value * (&scales[0].x)[row] * e.in_factor + (e.bias ? (&biases[0].x)[row] : 0.0f);
+        value = value * ((&scales[0].x)[row] * e.in_factor) + (e.bias ? (&biases[0].x)[row] : 0.0f);
         const bool writes = own_slot >= 0 && feature < e.features && !(gated && row >= 8);
         if (!c.partial) {
             const float up = __shfl_down_sync(~0u, value, 8, 16);

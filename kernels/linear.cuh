@@ -135,9 +135,14 @@ __device__ __forceinline__ void record_norm(float sum, unsigned* largest) {
 #include "experts.cuh"
 
 // A variant of one kernel or of another: see fp4rt/ops/cuda/linear.py and experts.py for the constants.
+#if !defined(SUM_WARPS)
+#define SUM_WARPS 1
+#define SUM_DIVIDED 0
+#endif
 #ifdef MANY_STAGES
 #define MANY_TOKENS(Tile, GATHER)                                                                                      \
-    many_tokens<Tile, MANY_ROW_WARPS, MANY_ROW_TILES, MANY_TOKEN_WARPS, MANY_TOKEN_TILES, MANY_STAGES, GATHER>
+    many_tokens<Tile, MANY_ROW_WARPS, MANY_ROW_TILES, MANY_TOKEN_WARPS, MANY_TOKEN_TILES, MANY_STAGES, GATHER,         \
+                SumOrder<SUM_WARPS, SUM_DIVIDED>>
 #define MANY_TOKENS_PER_BLOCK (MANY_TOKEN_WARPS * MANY_TOKEN_TILES * 8)
 #define MANY_BOUNDS __launch_bounds__(MANY_ROW_WARPS* MANY_TOKEN_WARPS * 32, 1)
 #endif
@@ -147,7 +152,7 @@ __device__ __forceinline__ void record_norm(float sum, unsigned* largest) {
 #define WARPGROUP_BOUNDS __cluster_dims__(WARPGROUP_SPLIT) __launch_bounds__(384, WARPGROUP_BLOCKS)
 #define WARPGROUP_TILES(Tile, GROUPED)                                                                                 \
     warpgroup_tokens<Tile, WARPGROUP_ROWS / 128, WARPGROUP_TOKENS, WARPGROUP_STAGES, WARPGROUP_SPLIT,                  \
-                     WARPGROUP_BLOCKS, GROUPED>
+                     WARPGROUP_BLOCKS, GROUPED, SumOrder<SUM_WARPS, SUM_DIVIDED>>
 #endif
 
 #if defined(WARPGROUP_STAGES) && defined(EXPERTS)
@@ -156,15 +161,15 @@ __device__ __forceinline__ void record_norm(float sum, unsigned* largest) {
         many_experts_warpgroups(const unsigned char* weights, const unsigned char* x, const int4* blocks, int count,   \
                                 int padded, int K, int row_tiles, EPILOGUE_PARAMETERS) {                               \
         const Epilogue e = EPILOGUE;                                                                                   \
-        WARPGROUP_TILES(Tile, true)(weights, x, 0, padded, K, row_tiles, blocks, count, e);                            \
+        WARPGROUP_TILES(Tile, true)(weights, x, 0, padded, K, row_tiles, 1, blocks, count, e);                         \
     }
 #elif defined(WARPGROUP_STAGES)
 #define LINEAR_ENTRIES(Tile)                                                                                           \
     extern "C" __global__ void WARPGROUP_BOUNDS                                                                        \
         many_warpgroups(const unsigned char* weights, const unsigned char* x, int tokens, int padded, int K,           \
-                        int row_tiles, EPILOGUE_PARAMETERS) {                                                          \
+                        int row_tiles, int parts, EPILOGUE_PARAMETERS) {                                               \
         const Epilogue e = EPILOGUE;                                                                                   \
-        WARPGROUP_TILES(Tile, false)(weights, x, tokens, padded, K, row_tiles, nullptr, 0, e);                         \
+        WARPGROUP_TILES(Tile, false)(weights, x, tokens, padded, K, row_tiles, parts, nullptr, 0, e);                  \
     }
 #elif defined(MANY_STAGES) && defined(EXPERTS)
 #define LINEAR_ENTRIES(Tile)                                                                                           \
@@ -174,14 +179,16 @@ __device__ __forceinline__ void record_norm(float sum, unsigned* largest) {
         Epilogue e = EPILOGUE;                                                                                         \
         const int4 block = expert_block<Tile>(blocks, weights, K, row_tiles, e);                                       \
         if (block.y >= block.z) return;                                                                                \
-        MANY_TOKENS(Tile, true)(weights, x, rows, block.y, block.z, K, row_tiles, e);                                  \
+        MANY_TOKENS(Tile, true)(weights, x, rows, block.y, block.z, K, row_tiles, 1, e);                               \
     }
 #elif defined(MANY_STAGES)
 #define LINEAR_ENTRIES(Tile)                                                                                           \
     extern "C" __global__ void MANY_BOUNDS                                                                             \
-        many(const unsigned char* weights, const __half* x, int tokens, int K, int row_tiles, EPILOGUE_PARAMETERS) {   \
+        many(const unsigned char* weights, const __half* x, int tokens, int K, int row_tiles, int parts,               \
+             EPILOGUE_PARAMETERS) {                                                                                    \
         const Epilogue e = EPILOGUE;                                                                                   \
-        MANY_TOKENS(Tile, false)(weights, x, nullptr, blockIdx.x * MANY_TOKENS_PER_BLOCK, tokens, K, row_tiles, e);    \
+        MANY_TOKENS(Tile, false)(weights, x, nullptr, blockIdx.x * MANY_TOKENS_PER_BLOCK, tokens, K, row_tiles, parts, \
+                                 e);                                                                                   \
     }
 #elif defined(EXPERTS)
 // Registers for 40 warps on an SM, or fewer where a format needs more.

@@ -6,11 +6,59 @@
 //
 // It takes outputs first_token up to `tokens`; with GATHER and `rows`, output i is of row rows[i] of x.
 //
+// Order: SumOrder, below.
+//
 // Dynamic shared memory: [STAGES] of weights [RW * RT][Tile::BYTES], activations [tokens][Tile::K] halves.
 
-template <class Tile, int RW, int RT, int TW, int NT, int STAGES, bool GATHER>
+// The order of column tiles in which a kernel whose every thread has its outputs to itself gets the few-token kernel's
+// bits: those of each of its WARPS one after the other, part by part (DIVIDED; else there is one part). A product of 16
+// columns adds up the same in mma and in wgmma of any shape. WARPS 1: as they come, in one sum.
+enum SumEnd { SUM_GOES_ON, WARP_ENDS, PART_ENDS };
+template <int WARPS_, bool DIVIDED_> struct SumOrder {
+    static constexpr int WARPS = WARPS_;
+    static constexpr bool DIVIDED = DIVIDED_;
+    int kt = 0, warp = 0, part = 0;
+
+    // Goes on to the next column tile; says what ends with the one before it.
+    __device__ __forceinline__ SumEnd next(int k_tiles, int parts) {
+        kt += WARPS * (DIVIDED ? parts : 1);
+        if (WARPS == 1 || kt < k_tiles) return SUM_GOES_ON;
+        kt = DIVIDED ? ++warp * parts + part : ++warp;
+        if (!DIVIDED || (warp < WARPS && kt < k_tiles)) return WARP_ENDS;
+        warp = 0;
+        kt = ++part;
+        return PART_ENDS;
+    }
+};
+
+// A thread's sums of COUNT outputs.
+template <class Order, int COUNT> struct Sums {
+    float part[COUNT] = {}, all[COUNT] = {};
+
+    // A warp's sum has ended, and that of a part if `end` says so.
+    __device__ __forceinline__ void add(const float (&warp)[COUNT], SumEnd end) {
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) part[i] += warp[i];
+        if constexpr (Order::DIVIDED) {
+            if (end != PART_ENDS) return;
+#pragma unroll
+            for (int i = 0; i < COUNT; i++) all[i] += part[i], part[i] = 0.0f;
+        }
+    }
+    // The last warp's sum has ended: it becomes that of all.
+    __device__ __forceinline__ void finish(float (&warp)[COUNT]) {
+        if constexpr (Order::WARPS > 1) {
+            add(warp, PART_ENDS);
+#pragma unroll
+            for (int i = 0; i < COUNT; i++) warp[i] = Order::DIVIDED ? all[i] : part[i];
+        }
+    }
+};
+
+template <class Tile, int RW, int RT, int TW, int NT, int STAGES, bool GATHER, class Order>
 __device__ __forceinline__ void many_tokens(const unsigned char* weights, const __half* x, const int* rows,
-                                            int first_token, int tokens, int K, int row_tiles, const Epilogue& e) {
+                                            int first_token, int tokens, int K, int row_tiles, int parts,
+                                            const Epilogue& e) {
     extern __shared__ uint4 shared[];
     constexpr int CHUNKS = Tile::K / 8, STEPS = Tile::K / 32;
     constexpr int BLOCK_TILES = RW * RT, BLOCK_TOKENS = TW * NT * 8;
@@ -23,8 +71,11 @@ __device__ __forceinline__ void many_tokens(const unsigned char* weights, const 
     constexpr int WARPS = RW * TW, ROWS_AT_ONCE = 32 / CHUNKS * WARPS;
     const int c = lane % CHUNKS, own = warp * (32 / CHUNKS) + lane / CHUNKS;  // this thread's chunk and first token
     const __half* source = x + (size_t)(first_token + own) * K;
-    auto stage = [&](int kt) {
-        uint4* buffer = shared + kt % STAGES * STAGE;
+    Order fetched;
+    auto stage = [&](int number) {
+        uint4* buffer = shared + number % STAGES * STAGE;
+        const int kt = fetched.kt;
+        fetched.next(k_tiles, parts);
 #pragma unroll
         for (int tile = warp; tile < BLOCK_TILES; tile += WARPS) {
             const int row_tile = min(first_tile + tile, row_tiles - 1);
@@ -44,6 +95,8 @@ __device__ __forceinline__ void many_tokens(const unsigned char* weights, const 
     };
 
     float acc[RT][NT][4] = {};
+    Sums<Order, 4> sums[RT][NT];
+    Order order;
     dependents_may_start();
     wait_for_predecessor();
 #pragma unroll
@@ -51,13 +104,13 @@ __device__ __forceinline__ void many_tokens(const unsigned char* weights, const 
         if (s < k_tiles) stage(s);
         copy_commit();
     }
-    for (int kt = 0; kt < k_tiles; kt++) {
+    for (int number = 0; number < k_tiles; number++) {
         copy_wait<STAGES - 2>();
         __syncthreads();
-        if (kt + STAGES - 1 < k_tiles) stage(kt + STAGES - 1);
+        if (number + STAGES - 1 < k_tiles) stage(number + STAGES - 1);
         copy_commit();
 
-        const uint4* buffer = shared + kt % STAGES * STAGE;
+        const uint4* buffer = shared + number % STAGES * STAGE;
         const unsigned char* packed = reinterpret_cast<const unsigned char*>(buffer) + row_warp * RT * Tile::BYTES;
         typename Tile::Raw raw[RT];
         buffer += BLOCK_TILES * TILE_CHUNKS;
@@ -73,6 +126,22 @@ __device__ __forceinline__ void many_tokens(const unsigned char* weights, const 
 #pragma unroll
             for (int r = 0; r < RT; r++) multiply<Tile>(acc[r], raw[r], step, b);
         }
+        const SumEnd end = order.next(k_tiles, parts);
+        if (end == SUM_GOES_ON || number + 1 == k_tiles) continue;
+#pragma unroll
+        for (int r = 0; r < RT; r++) {
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+                sums[r][n].add(acc[r][n], end);
+#pragma unroll
+                for (int i = 0; i < 4; i++) acc[r][n][i] = 0.0f;
+            }
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < RT; r++) {
+#pragma unroll
+        for (int n = 0; n < NT; n++) sums[r][n].finish(acc[r][n]);
     }
 
 #pragma unroll

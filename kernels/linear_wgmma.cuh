@@ -13,17 +13,17 @@
 // A stage is free when every thread that computes has said so, after the products of what it read are done.
 //
 // SPLIT blocks, a cluster, share a tile's columns; each has one tile at least. Their sums are added in order of rank,
-// through shared memory. BLOCKS: how many blocks share an SM.
+// through shared memory. BLOCKS: how many blocks share an SM. Order: SumOrder of linear_many.cuh.
 //
 // Dynamic shared memory: activations [STAGES][Tile::K / 64][N][64] halves; weights [STAGES][row tiles][Tile::BYTES];
 // sums [2][tokens at a time][M * 64 + 4] floats (SPLIT: in their place); barriers [2][STAGES].
 #include "wgmma.cuh"
 #include "order.cuh"
 
-template <class Tile, int M, int N, int STAGES, int SPLIT, int BLOCKS, bool GROUPED>
+template <class Tile, int M, int N, int STAGES, int SPLIT, int BLOCKS, bool GROUPED, class Order>
 __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, const unsigned char* x, int tokens,
-                                                 int padded, int K, int row_tiles, const int4* blocks, int count,
-                                                 const Epilogue& e) {
+                                                 int padded, int K, int row_tiles, int parts, const int4* blocks,
+                                                 int count, const Epilogue& e) {
     extern __shared__ __align__(1024) unsigned char ring[];
     constexpr int GROUPS = 2, ROW_TILES = GROUPS * M * 4, ROWS = M * 64, SLABS = Tile::K / 64, STEPS = Tile::K / 32;
     constexpr int SLAB = N * 128, X_BYTES = SLABS * SLAB, W_BYTES = ROW_TILES * Tile::BYTES;
@@ -33,6 +33,7 @@ __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, c
     float* const sums = reinterpret_cast<float*>(SPLIT > 1 ? ring : behind);
     const unsigned full = shared_address(behind + (SPLIT > 1 ? 0 : GROUPS * CHUNK * STRIDE * 4));
     const unsigned empty = full + STAGES * 8;
+    static_assert(SPLIT == 1 || Order::WARPS == 1, "blocks that share columns take them as they come");
     static_assert(SPLIT == 1 || GROUPS * CHUNK * STRIDE * 4 <= STAGES * (X_BYTES + W_BYTES), "the sums fit the ring");
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int k_tiles = (K + Tile::K - 1) / Tile::K, token_tiles = GROUPED ? count : (tokens + N - 1) / N;
@@ -83,17 +84,22 @@ __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, c
         };
         // Weights depend on no other kernel: the first ones come before the predecessor is done.
         const int early = !GROUPED && first < tiles ? min(STAGES, k_end - k_first) : 0;
-        for (int i = 0; i < early; i++) bring_weights(first, tokens_of(first), k_first + i, i);
+        Order order;
+        for (int i = 0; i < early; i++, order.next(k_tiles, parts))
+            bring_weights(first, tokens_of(first), k_first + order.kt, i);
         wait_for_predecessor();
-        for (int i = 0; i < early; i++) bring_activations(tokens_of(first), k_first + i, i);
+        order = {};
+        for (int i = 0; i < early; i++, order.next(k_tiles, parts))
+            bring_activations(tokens_of(first), k_first + order.kt, i);
         int stage = early % STAGES, phase = early < STAGES;  // the first turn of a stage finds it empty
         for (int tile = first; tile < tiles; tile += tiles_apart) {
             const int4 part = tokens_of(tile);
             if (GROUPED && part.y >= part.z) continue;
-            for (int kt = k_first + (tile == first ? early : 0); kt < k_end; kt++) {
+            if (tile != first) order = {};
+            for (int i = tile == first ? early : 0; i < k_end - k_first; i++, order.next(k_tiles, parts)) {
                 mbarrier_wait(empty + stage * 8, phase);
-                bring_activations(part, kt, stage);
-                bring_weights(tile, part, kt, stage);
+                bring_activations(part, k_first + order.kt, stage);
+                bring_weights(tile, part, k_first + order.kt, stage);
                 if (++stage == STAGES) stage = 0, phase ^= 1;
             }
         }
@@ -119,7 +125,10 @@ __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, c
         };
         begin();
         int last = stage;
-        for (int kt = k_first; kt < k_end; kt++) {
+        Sums<Order, N / 2> sum[M];
+        Order order;
+        SumEnd end = SUM_GOES_ON;
+        for (int number = k_first; number < k_end; number++) {
             const unsigned long long b = swizzled_columns(shared_address(ring + stage * X_BYTES));
 #pragma unroll
             for (int step = 0; step < STEPS; step++) {
@@ -129,13 +138,22 @@ __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, c
                     if (step > 0 && step % 2 == 0) Tile::load_pair(raw[m], own(m), lane, step / 2);
                     Tile::template decode<0>(raw[m], step, fragments[m]);
                 }
+                if (step == 0 && end != SUM_GOES_ON) {
+                    wgmma_wait<0>();
+                    mbarrier_arrive(empty + last * 8);
+#pragma unroll
+                    for (int m = 0; m < M; m++) {
+                        wgmma_settled(acc[m]);
+                        sum[m].add(acc[m], end);
+                    }
+                }
                 wgmma_fence();
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
 #pragma unroll
                     for (int m = 0; m < M; m++)
                         wgmma<N>(acc[m], fragments[m][h], b + step / 2 * (SLAB / 16) + step % 2 * 4 + h * 2,
-                                 step > 0 || h > 0 || kt > k_first);
+                                 step > 0 || h > 0 || (number > k_first && end == SUM_GOES_ON));
                 }
                 wgmma_commit();
                 if (step == STEPS - 1) {
@@ -143,18 +161,71 @@ __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, c
                     if (++stage == STAGES) stage = 0, phase ^= 1;
                     // Products still read their fragments, which the next load must not overwrite.
                     if constexpr (Tile::FRAGMENTS) wgmma_wait<0>();
-                    if (kt + 1 < k_end) begin();
+                    if (number + 1 < k_end) begin();
                     wgmma_wait<1>();
                     last = done;
+                    end = order.next(k_tiles, parts);
                 } else {
                     wgmma_wait<1>();
-                    if (step == 0 && kt > k_first) mbarrier_arrive(empty + last * 8);
+                    if (step == 0 && number > k_first && end == SUM_GOES_ON) mbarrier_arrive(empty + last * 8);
                 }
             }
         }
-        wgmma_wait<0>();
+        auto finish = [&]() {
+            wgmma_wait<0>();
 #pragma unroll
-        for (int m = 0; m < M; m++) wgmma_settled(acc[m]);
+            for (int m = 0; m < M; m++) {
+                wgmma_settled(acc[m]);
+                sum[m].finish(acc[m]);
+            }
+        };
+
+        // Gate and up of a row of the product are in one thread: what goes to another linear leaves from registers.
+        if (SPLIT == 1 && e.mode == STORE_INTERLEAVED && (e.activation == SILU || e.activation == GELU_TANH)) {
+            const int g = lane / 4, t = lane % 4;
+            const int first_tile = tile / token_tiles * ROW_TILES + group * M * 4 + warp % 4;
+            const int4 part = tokens_of(tile);
+            float scale[M][2], bias[M][2];
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                const size_t row = ((size_t)part.x * row_tiles + first_tile + m * 4) * 16 + g;
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    scale[m][half] = e.row_scale[row + half * 8] * e.in_factor;
+                    bias[m][half] = e.bias ? e.bias[row + half * 8] : 0.0f;
+                }
+            }
+            Slope slope = slope_of(e.activation);
+            asm volatile("" : "+f"(slope.linear), "+f"(slope.cubic));  // one copy of what follows for both
+            finish();
+            mbarrier_arrive(empty + last * 8);
+            // Lanes of neighbouring rows exchange tokens: one gets both rows of the even token, one those of the odd.
+            const int own = 2 * t + g % 2, pick = g % 2 ? 0x3276 : 0x5410;
+            unsigned* const to = static_cast<unsigned*>(e.out)
+                + ordered_word(first_tile * 8 + g / 2 * 2, part.y + own, e.stride / 64, true, own);
+#pragma unroll
+            for (int n = 0; n < N / 8; n++) {
+                unsigned words[M];
+#pragma unroll
+                for (int m = 0; m < M; m++) {
+                    float v[2];
+#pragma unroll
+                    for (int j = 0; j < 2; j++) {
+                        const float gate = acc[m][n * 4 + j] * scale[m][0] + bias[m][0];
+                        const float up = acc[m][n * 4 + 2 + j] * scale[m][1] + bias[m][1];
+                        v[j] = smooth_product(gate, up, slope) * e.out_factor;
+                    }
+                    const unsigned both = as_bits(__floats2half2_rn(v[0], v[1]));
+                    words[m] = __byte_perm(both, __shfl_xor_sync(~0u, both, 4), pick);
+                }
+                if (part.y + n * 8 + own < part.z) {
+                    if constexpr (M == 2) *reinterpret_cast<uint2*>(to + n * 256) = make_uint2(words[0], words[1]);
+                    else to[n * 256] = words[0];
+                }
+            }
+            continue;
+        }
+        finish();
 
         if constexpr (SPLIT > 1) barrier_wait(1, GROUPS * 128);  // the ring is free for the sums
 
@@ -223,16 +294,17 @@ __device__ __forceinline__ void warpgroup_tokens(const unsigned char* weights, c
                 }
             }
         };
-#pragma unroll
+#pragma unroll 1
         for (int chunk = 0; chunk < N / CHUNK; chunk++) {
 #pragma unroll
-            for (int m = 0; m < M; m++) {
+            for (int n = 0; n < N / 8; n++) {
+                if (n / (CHUNK / 8) != chunk) continue;
 #pragma unroll
-                for (int n = 0; n < CHUNK / 8; n++) {
+                for (int m = 0; m < M; m++) {
 #pragma unroll
                     for (int i = 0; i < 4; i++)
-                        own_sums[(n * 8 + 2 * t + i % 2) * STRIDE + m * 64 + thread / 32 * 16 + g + i / 2 * 8] =
-                            acc[m][(chunk * (CHUNK / 8) + n) * 4 + i];
+                        own_sums[(n % (CHUNK / 8) * 8 + 2 * t + i % 2) * STRIDE + m * 64 + thread / 32 * 16 + g
+                                 + i / 2 * 8] = acc[m][n * 4 + i];
                 }
             }
             if (chunk == 0) mbarrier_arrive(empty + last * 8);

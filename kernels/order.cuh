@@ -8,8 +8,8 @@
 // Where columns `column` and the next (an even one first) of a token lie, in words of two halves. padded: tokens of a
 // slab. swizzle: the token's number % 8 from the first one that a block computes with.
 __device__ __forceinline__ size_t ordered_word(int column, int token, int padded, bool interleaved, int swizzle) {
-    const int c = column % 128, outer = c / 32, inner = c / 8 % 4, pair = c / 2 % 4;
-    const int step = interleaved ? inner : outer, t = interleaved ? outer : inner;
-    const int slab = column / 128 * 2 + step / 2, chunk = step % 2 * 4 + pair;
+    const unsigned c = column % 128u, outer = c / 32, inner = c / 8 % 4, pair = c / 2 % 4;
+    const unsigned step = interleaved ? inner : outer, t = interleaved ? outer : inner;
+    const unsigned slab = column / 128u * 2 + step / 2, chunk = step % 2 * 4 + pair;
     return (((size_t)slab * padded + token) * 8 + (chunk ^ swizzle)) * 4 + t;
 }

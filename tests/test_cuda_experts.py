@@ -233,7 +233,7 @@ def test_a_token_in_any_company_up_to_eight_gives_the_same_bits(ops, case: Exper
         np.testing.assert_array_equal(values(ops, part), together[8 - count:])
 
 
-@pytest.mark.parametrize("case", [case for case in EXPERTS if case.tokens in (33, 70)], ids=str)
+@pytest.mark.parametrize("case", [case for case in EXPERTS if case.tokens in (9, 33, 70, 600)], ids=str)
 def test_deterministic_experts_do_not_depend_on_company(deterministic, case: ExpertsCase):  # noqa: F811
     together, weights = run(deterministic, case)
     together = values(deterministic, together)

@@ -130,6 +130,26 @@ def test_deterministic_linear_does_not_depend_on_company(deterministic, case: Li
         np.testing.assert_array_equal(values(deterministic, alone)[0], together[row])
 
 
+@pytest.mark.parametrize("k", [1136, 14336])
+@pytest.mark.parametrize("kind", ["NVFP4", "MXFP4", "FP8", "FP8/128x128", "BF16", "F32"])
+def test_a_deterministic_linear_adds_up_in_one_order_for_any_number_of_tokens(deterministic, kind: str, k: int):
+    """The kernels for few and for many tokens, as seen in float32. The longer rows divide the few-token kernel's
+    columns into parts."""
+    case = LinearCase(513, ((kind, 72), ), k, residual=True)
+    parts, x, _, _ = case.build()
+    x *= np.exp2(np.random.default_rng(1).integers(-5, 5, x.shape)).astype(np.float32)
+    weight = deterministic.linear_weight(parts)
+
+    def output(rows: slice) -> np.ndarray:
+        residual = residual_stream(deterministic, np.zeros((len(x[rows]), 72)))
+        return values(deterministic, deterministic.linear(activation(deterministic, x[rows]), weight, residual=residual))
+
+    together = output(slice(None))
+    for start, count in ((0, 1), (512, 1), (3, 7), (77, 8), (100, 9), (400, 33), (300, 64), (130, 200)):
+        rows = slice(start, start + count)
+        np.testing.assert_array_equal(output(rows), together[rows], err_msg=f"{count} rows")
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case.tokens == 8], ids=str)
 def test_a_row_in_any_company_up_to_eight_gives_the_same_bits(ops, case: LinearCase):
     together, weight = run(ops, case)

@@ -30,6 +30,15 @@ def ops():
     backend.close()
 
 
+@pytest.fixture(scope="module")
+def deterministic(ops):
+    from fp4rt.ops.cuda import CudaOps
+
+    backend = CudaOps(deterministic=True)
+    yield backend
+    backend.close()
+
+
 @pytest.mark.parametrize("number", range(20))
 def test_every_variant(ops, monkeypatch, number: int):
     from fp4rt.ops.cuda import warpgroup
@@ -45,6 +54,23 @@ def test_every_variant(ops, monkeypatch, number: int):
         np.testing.assert_array_less(np.abs(values(ops, result) - y), allowed + 1e-30, err_msg=f"{case}: {variant}")
 
 
+@pytest.mark.parametrize("number", range(7))
+def test_every_variant_that_follows_the_few_token_kernel_has_its_bits(deterministic, monkeypatch, number: int):
+    from fp4rt.ops.cuda import warpgroup
+
+    assert len(warpgroup.REPRODUCING) == 7
+    variant = warpgroup.REPRODUCING[number]
+    monkeypatch.setattr(warpgroup, "choose", lambda *_: variant)
+    k = 14336 if variant.sums == 3 else 2704  # of the longer rows, the columns are divided into parts
+    for case in (LinearCase(300, (("NVFP4", 300), ), k, residual=True), LinearCase(140, (("BF16", 200), ), k),
+                 LinearCase(140, (("FP8", 96), ("FP8", 96)), k, norm=True, gated=True)):
+        together, weight = run(deterministic, case)
+        for start in range(0, case.tokens, 8):
+            few, _ = run(deterministic, case, slice(start, start + 8), weight)
+            np.testing.assert_array_equal(values(deterministic, together)[start:start + 8], values(deterministic, few),
+                                          err_msg=f"{case}: {variant}")
+
+
 @pytest.mark.parametrize("tokens", [16, 17, 64, 100, 128, 129, 300, 1024])
 def test_the_chosen_variant(ops, tokens: int):
     case = LinearCase(tokens, (("NVFP4", 1040), ), 2048, residual=True)
@@ -54,18 +80,33 @@ def test_the_chosen_variant(ops, tokens: int):
 
 
 @pytest.mark.parametrize("kinds", [("NVFP4", "NVFP4"), ("NVFP4", "BF16"), ("FP8", "NVFP4"), ("BF16", "FP8")])
-@pytest.mark.parametrize("gated", [False, True])
-def test_what_goes_to_one_linear_is_the_same_in_its_order(ops, kinds: tuple[str, str], gated: bool):
-    rng = np.random.default_rng(6)
+@pytest.mark.parametrize("name", ["relu2", "silu", "gelu_tanh", "swiglu_oai"])
+def test_what_goes_to_one_linear_is_the_same_in_its_order(ops, kinds: tuple[str, str], name: str):
+    rng, gated = np.random.default_rng(6), name != "relu2"
     up = ops.linear_weight([make_weight(rng, kinds[0], 384, 256) for _ in range(1 + gated)], gated=gated)
     down = ops.linear_weight([make_weight(rng, kinds[1], 200, 384)])
     x = activation(ops, rng.standard_normal((45, 256)))
     h = rng.standard_normal((45, 200))
-    name = "silu" if gated else "relu2"
     ordered = ops.linear(x, up, activation=name, then=down)
     assert ordered.data is None and ordered.shape == (45, 384)
     plain = ops.linear(x, up, activation=name)
     got, want = (values(ops, ops.linear(y, down, residual=residual_stream(ops, h))) for y in (ordered, plain))
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_every_variant_hands_on_the_same_in_order(ops, monkeypatch, number: int):
+    from fp4rt.ops.cuda import warpgroup
+
+    variant = [variant for variant in warpgroup.VARIANTS if variant.split == 1][number]
+    monkeypatch.setattr(warpgroup, "choose", lambda *_: variant)
+    rng = np.random.default_rng(9)
+    up = ops.linear_weight([make_weight(rng, "NVFP4", 384, 1120, bias=rng.standard_normal(384).astype(np.float32))
+                            for _ in range(2)], gated=True)
+    down = ops.linear_weight([make_weight(rng, "NVFP4", 200, 384)])
+    x, h = activation(ops, rng.standard_normal((300, 1120))), rng.standard_normal((300, 200))
+    got, want = (values(ops, ops.linear(ops.linear(x, up, activation="silu", then=then), down,
+                                        residual=residual_stream(ops, h))) for then in (down, None))
     np.testing.assert_array_equal(got, want)
 
 

@@ -210,12 +210,12 @@ def planning_ops(device: str, arch: str | None, gpu_memory: int | None, determin
         except ImportError:
             raise Fp4rtError("device", "planning for CUDA needs CuPy; pip install 'fp4rt[cuda12]'") from None
         return _planning_cuda(f"a GPU ({arch or 'any architecture'})", CudaOps.step_tokens, gpu_memory,
-                              arch in (None, "sm_90a") and not deterministic)
+                              arch in (None, "sm_90a"))
     ops = make_ops(device, arch, gpu_memory, deterministic)
     try:
         free = ops.free_memory()
         if device == "cuda":
-            return _planning_cuda(ops.device, ops.step_tokens, free, ops.gpu.arch == "sm_90a" and not deterministic)
+            return _planning_cuda(ops.device, ops.step_tokens, free, ops.gpu.arch == "sm_90a")
         if device == "cpu":
             from fp4rt.ops.cpu.backend import choose, held_bytes
 

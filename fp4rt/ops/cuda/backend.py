@@ -40,7 +40,7 @@ def _on_device(cls: type) -> type:
 class CudaOps:
     """Ops on the current CUDA device; see Device for `arch` and `gpu_memory` (bytes).
 
-    deterministic: one kernel family for any number of tokens, so a token's numbers never depend on its company.
+    deterministic: one order of additions for any number of tokens, so a token's numbers never depend on its company.
     """
 
     name = "cuda"
@@ -68,7 +68,8 @@ class CudaOps:
         stems = {linear.choose_layout(part)[0].stem for part in parts} - self._prepared[module]
         self._prepared[module] |= stems
         for stem, defines, _ in module.variants(self.gpu.capability) if stems else ():
-            if stem in stems and not warpgroup.replaces(self.gpu, defines):
+            needed = self.deterministic or "SUM_WARPS" not in defines
+            if stem in stems and needed and not warpgroup.replaces(self.gpu, defines):
                 self.gpu.prepare(stem, defines)
 
     def norm_weight(self, weight: np.ndarray, eps: float) -> rms_norm.Norm:

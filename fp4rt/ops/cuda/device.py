@@ -127,8 +127,8 @@ class Device:
         """Clusters of `size` blocks that run at once where shared memory (bytes of a block) is what limits them: fewer
         than would fill the chip, whose parts have different numbers of SMs."""
         if (size, shared) not in self._clusters:
-            function = self._module("order", {}).get_function("order").ptr  # one with few registers
-            self._clusters[size, shared] = self.driver.most_clusters(function, size, 256, shared)
+            kernel = Kernel(self, self._module("order", {}).get_function("order"), "order")  # one with few registers
+            self._clusters[size, shared] = kernel.most_clusters(size, 256, shared)
         return self._clusters[size, shared]
 
     # -- Memory ---------------------------------------------------------------------------------------------------

@@ -13,12 +13,11 @@ from fp4rt.formats import Weight
 from fp4rt.ops.cuda import warpgroup
 from fp4rt.ops.cuda.activation import Activation, exponent_for
 from fp4rt.ops.cuda.device import SHARED_LIMIT, Device
-from fp4rt.ops.cuda.linear import (ACTIVATIONS, ADD_FLOAT, LAYOUTS, MANY, STORE_HALF, ManyTokens, activated_bound,
-                                   check_activation, choose_layout, choose_many, ordered_mode, same)
+from fp4rt.ops.cuda.linear import (ACTIVATIONS, ADD_FLOAT, LAYOUTS, STORE_FLOAT, STORE_HALF, ManyTokens, activated_bound,
+                                   check_activation, choose_layout, choose_many, many_variants, ordered_mode, same)
 from fp4rt.ops.cuda.route import Choice
-from fp4rt.ops.cuda.tiles import FEW_TOKENS, Layout, Packed, pack
+from fp4rt.ops.cuda.tiles import EXPERT_WARPS, FEW_TOKENS, Layout, Packed, pack
 
-_FEW_WARPS = 2, 4       # of a few-token block: with less than three tiles each, what a warp costs besides shows
 _PAIRS = 16384          # (token, slot) pairs in scratch memory at once
 _AHEAD = 32  # shared bytes behind the last slot that the unrolled sum of kernels/experts.cu may fetch, unused
 _THREADS = 256
@@ -29,23 +28,24 @@ def variants(capability: int) -> list[tuple[str, dict[str, int], int]]:
     limit = SHARED_LIMIT[capability]
     found = [("experts", {}, 4 * 4096)]
     for layout in LAYOUTS:
-        found += [(layout.stem, _few_defines(layout, warps), 0) for warps in _FEW_WARPS]
-        found += [(layout.stem, _many_defines(layout, many, limit),
-                   many.stages(layout, limit) * many.stage_bytes(layout)) for many in MANY if many.runs(layout, limit)]
+        found += [(layout.stem, _few_defines(layout, warps), 0) for warps in EXPERT_WARPS]
+        found += [(layout.stem, _many_defines(layout, many, limit, warps),
+                   many.stages(layout, limit) * many.stage_bytes(layout))
+                  for sums in (1, 2) for many in many_variants(layout, limit, sums) for warps in EXPERT_WARPS[:sums]]
     return found
 
 
 def _few_warps(packed: Packed) -> int:
     k_tiles = -(-packed.in_features // packed.layout.tile_k)
-    return next((warps for warps in reversed(_FEW_WARPS) if 3 * warps <= k_tiles), _FEW_WARPS[0])
+    return next((warps for warps in reversed(EXPERT_WARPS) if 3 * warps <= k_tiles), EXPERT_WARPS[0])
 
 
 def _few_defines(layout: Layout, warps: int) -> dict[str, int]:
     return {"EXPERTS": 1, "EXPERT_WARPS": warps, **layout.defines}
 
 
-def _many_defines(layout: Layout, many: ManyTokens, shared_limit: int) -> dict[str, int]:
-    return {"EXPERTS": 1, **many.defines(layout, shared_limit)}
+def _many_defines(layout: Layout, many: ManyTokens, shared_limit: int, warps: int) -> dict[str, int]:
+    return {"EXPERTS": 1, **many.defines(layout, shared_limit, warps)}
 
 
 class CudaExperts:
@@ -77,8 +77,8 @@ def experts(device: Device, x: Activation, choice: Choice, up: CudaExperts, down
             residual: cupy.ndarray | None = None, deterministic: bool = False) -> Activation | cupy.ndarray:
     """sum over a token's slots of weight * down(activation(up(x))): added to the residual, or an activation [T, N].
 
-    Up to 8 tokens, or 8 at a time if `deterministic`: an expert's tiles are read for those of them that chose it. More
-    tokens: pairs of a token and a slot are grouped by expert. A token's ids are distinct.
+    Up to 8 tokens: an expert's tiles are read for those of them that chose it. More tokens: pairs of a token and a slot
+    are grouped by expert; if `deterministic`, they get the bits that 8 would. A token's ids are distinct.
     """
     check_activation(activation, up.packed.gated)
     tokens, slots = choice.ids.shape
@@ -87,17 +87,21 @@ def experts(device: Device, x: Activation, choice: Choice, up: CudaExperts, down
     each_bound = down.packed.bounds(inner_bound * math.sqrt(down.in_features))[0]
     bound = choice.total * each_bound
     exponent = 0 if residual is not None else exponent_for(bound)
-    few = tokens <= FEW_TOKENS or deterministic
-    run, step = (_few, FEW_TOKENS) if few else (_grouped, max(1, _PAIRS // slots))
+    # Experts' outputs are kept in fp16 until they are added up, or if `deterministic`, in float32.
+    step = FEW_TOKENS if tokens <= FEW_TOKENS else max(1, _PAIRS // (2 if deterministic else 1) // slots)
     for rows in (slice(start, start + step) for start in range(0, tokens, step)):
         part = Activation(x.data[rows], x.exponent, x.bound, x.length)
-        run(device, part, choice.ids[rows], choice.weights[rows], up.packed, down.packed, activation, inner_bound,
-            each_bound, out[rows], ADD_FLOAT if residual is not None else STORE_HALF, exponent)
+        args = (device, part, choice.ids[rows], choice.weights[rows], up.packed, down.packed, activation, inner_bound)
+        to = out[rows], ADD_FLOAT if residual is not None else STORE_HALF, exponent
+        if tokens <= FEW_TOKENS:
+            _few(*args, *to)
+        else:
+            _grouped(*args, None if deterministic else each_bound, *to)
     return out if residual is not None else Activation(out, exponent, bound)
 
 
 def _few(device: Device, x: Activation, ids: cupy.ndarray, weights: cupy.ndarray, up: Packed, down: Packed,
-         activation: str, inner_bound: float, each_bound: float, out: cupy.ndarray, mode: int, exponent: int) -> None:
+         activation: str, inner_bound: float, out: cupy.ndarray, mode: int, exponent: int) -> None:
     tokens, slots = ids.shape
     x, pairs_of_x = _scaled(device, x, ids, up, slots)
     inner = Activation(device.scratch((tokens * slots, up.features), np.float16), exponent_for(inner_bound), inner_bound)
@@ -120,13 +124,14 @@ def _launch_few(device: Device, x: Activation, row_for_each: bool, ids: cupy.nda
 
 
 def _grouped(device: Device, x: Activation, ids: cupy.ndarray, weights: cupy.ndarray, up: Packed, down: Packed,
-             activation: str, inner_bound: float, each_bound: float, out: cupy.ndarray, mode: int,
+             activation: str, inner_bound: float, each_bound: float | None, out: cupy.ndarray, mode: int,
              exponent: int) -> None:
+    """each_bound: of an expert's output, or None for the few-token kernel's bits."""
     tokens, slots = ids.shape
-    pairs = tokens * slots
+    pairs, sums = tokens * slots, 2 if each_bound is None else 1
     x, pairs_of_x = _scaled(device, x, ids, up, slots)
     by_warpgroups = warpgroup.runs(device, up.layout) and warpgroup.runs(device, down.layout)  # of the same blocks
-    choices = (warpgroup.choose_grouped if by_warpgroups else _choose)(device, up, down, pairs)
+    choices = (warpgroup.choose_grouped if by_warpgroups else _choose)(device, up, down, pairs, sums)
     size = choices[0].tokens
     most_blocks = min(pairs, pairs // size + up.experts)
     places, rows = device.scratch(pairs, np.int32), device.scratch(pairs, np.int32)
@@ -141,40 +146,41 @@ def _grouped(device: Device, x: Activation, ids: cupy.ndarray, weights: cupy.nda
         inner = Activation(device.scratch((pairs, up.features), np.float16), inner_exponent, inner_bound)
     _many(device, x, rows, blocks, up, choices[0], inner, activation)
     inner, _ = _scaled(device, inner, ids, down, 1, places)
-    each = exponent_for(each_bound)
-    outputs = device.scratch((pairs, down.features), np.float16)
+    each = 0 if each_bound is None else exponent_for(each_bound)
+    outputs = device.scratch((pairs, down.features), np.float32 if each_bound is None else np.float16)
     _many(device, inner, None, blocks, down, choices[1], Activation(outputs, each, each_bound), None)
-    device.kernel("experts", "sum_slots")(tokens, _THREADS, outputs, places, weights, out, slots, down.features,
-                                          int(mode == ADD_FLOAT), math.ldexp(1.0, each), math.ldexp(1.0, -exponent),
-                                          shared=8 * slots + _AHEAD, pdl=True)
+    device.kernel("experts", "sum_slots" if each_bound is not None else "sum_float_slots")(
+        tokens, _THREADS, outputs, places, weights, out, slots, down.features, int(mode == ADD_FLOAT),
+        math.ldexp(1.0, each), math.ldexp(1.0, -exponent), shared=8 * slots + _AHEAD, pdl=True)
 
 
 def _many(device: Device, x: Activation, rows: cupy.ndarray | None, blocks: cupy.ndarray, packed: Packed,
           many: ManyTokens | warpgroup.Warpgroups, out: Activation, activation: str | None) -> None:
+    warps = _few_warps(packed)
+    store = STORE_HALF if out.ordered is not None or out.data.dtype == np.float16 else STORE_FLOAT
     if isinstance(many, warpgroup.Warpgroups):
         ordered = x.ordered or warpgroup.order_grouped(device, x.data, rows, blocks, out.shape[0], packed.layout,
                                                        many.tokens)
-        to, mode = (out.data, STORE_HALF) if out.ordered is None else (out.ordered.data, ordered_mode(out.ordered))
+        to, mode = (out.data, store) if out.ordered is None else (out.ordered.data, ordered_mode(out.ordered))
         row_scale, bias, _, *rest = _epilogue(packed, x, mode, activation, out.exponent)
-        warpgroup.launch_grouped(device, ordered, blocks, packed, many, to,
-                                 (row_scale, bias, to.strides[0] // 2, *rest))
+        warpgroup.launch_grouped(device, ordered, blocks, packed, many, warps, to,
+                                 (row_scale, bias, to.strides[0] // to.itemsize, *rest))
         return
     limit = device.shared_limit
-    kernel = device.kernel(packed.layout.stem, "many_experts", **_many_defines(packed.layout, many, limit))
+    kernel = device.kernel(packed.layout.stem, "many_experts", **_many_defines(packed.layout, many, limit, warps))
     kernel((blocks.shape[0], -(-packed.row_tiles // (many.rows // 16))), many.threads, packed.tiles, x.data, rows, blocks,
-           packed.in_features, packed.row_tiles, out.data, *_epilogue(packed, x, STORE_HALF, activation, out.exponent),
+           packed.in_features, packed.row_tiles, out.data, *_epilogue(packed, x, store, activation, out.exponent),
            shared=many.stages(packed.layout, limit) * many.stage_bytes(packed.layout), pdl=True)
 
 
-def _choose(device: Device, up: Packed, down: Packed, pairs: int) -> tuple[ManyTokens, ManyTokens]:
+def _choose(device: Device, up: Packed, down: Packed, pairs: int, sums: int) -> tuple[ManyTokens, ManyTokens]:
     """Variants for the two linears with blocks of as many tokens: the most that an average expert half fills."""
-    def variants(tokens: int, packed: Packed) -> list[ManyTokens]:
-        return [many for many in MANY if many.tokens == tokens and many.runs(packed.layout, device.shared_limit)]
-
-    sizes = sorted({many.tokens for many in MANY if variants(many.tokens, up) and variants(many.tokens, down)})
+    both = [many_variants(packed.layout, device.shared_limit, sums) for packed in (up, down)]
+    sizes = sorted({many.tokens for many in both[0]} & {many.tokens for many in both[1]})
     size = max((size for size in sizes if pairs >= size // 2 * up.experts), default=sizes[0])
     blocks = pairs // size + min(pairs, up.experts) // 2
-    first, second = (choose_many(device, packed, lambda many: blocks, variants(size, packed)) for packed in (up, down))
+    first, second = (choose_many(device, packed, lambda many: blocks, [many for many in each if many.tokens == size])
+                     for packed, each in zip((up, down), both))
     return first, second
 
 

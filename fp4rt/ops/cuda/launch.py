@@ -47,6 +47,7 @@ class Driver:
         # These take microseconds, and a step makes hundreds of them: they keep the GIL, which they would else have to
         # get back each time from a thread that is busy, such as a server's.
         quick = ctypes.PyDLL(name)
+        self.most_clusters = self._library.cuOccupancyMaxActiveClusters
         self.launch = quick.cuLaunchKernelEx
         self.launch.argtypes = [ctypes.POINTER(_Config), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
         self.push = quick.cuCtxPushCurrent_v2
@@ -64,16 +65,6 @@ class Driver:
         context = ctypes.c_void_p()
         self.check(self._library.cuCtxGetCurrent(ctypes.byref(context)), "cuCtxGetCurrent")
         return context.value
-
-    def most_clusters(self, function: int, size: int, block: int, shared: int) -> int:
-        """Clusters of `size` blocks of a kernel, each of so many threads and dynamic shared bytes, that run at once."""
-        attribute = _Attribute(_CLUSTER_DIMENSION, 0, (ctypes.c_int * 16)(size, 1, 1))
-        config = _Config((size, 1, 1), (block, 1, 1), shared, None, ctypes.pointer(attribute), 1)
-        self.set_attribute(function, _MAX_DYNAMIC_SHARED, shared, "a cluster's shared memory")
-        found = ctypes.c_int()
-        self.check(self._library.cuOccupancyMaxActiveClusters(ctypes.byref(found), ctypes.c_void_p(function),
-                                                              ctypes.byref(config)), "cuOccupancyMaxActiveClusters")
-        return found.value
 
     def set_attribute(self, function: int, attribute: int, value: int, what: str) -> None:
         self.check(self._library.cuFuncSetAttribute(ctypes.c_void_p(function), attribute, value), what)
@@ -103,6 +94,16 @@ class Kernel:
         device.driver.set_attribute(self._pointer, _SHARED_CARVEOUT, 100, name)
         if device.has_pdl:  # a cluster's blocks else crowd few SMs
             device.driver.set_attribute(self._pointer, _CLUSTER_POLICY, _BALANCE, name)
+
+    def most_clusters(self, size: int, block: int, shared: int) -> int:
+        """Clusters of `size` blocks, each of so many threads and dynamic shared bytes, that run at once."""
+        driver, found = self._device.driver, ctypes.c_int()
+        attribute = _Attribute(_CLUSTER_DIMENSION, 0, (ctypes.c_int * 16)(size, 1, 1))
+        config = _Config((size, 1, 1), (block, 1, 1), shared, None, ctypes.pointer(attribute), 1)
+        driver.set_attribute(self._pointer, _MAX_DYNAMIC_SHARED, shared, self.name)
+        driver.check(driver.most_clusters(ctypes.byref(found), ctypes.c_void_p(self._pointer), ctypes.byref(config)),
+                     "cuOccupancyMaxActiveClusters")
+        return found.value
 
     def __call__(self, grid: int | Sequence[int], block: int | Sequence[int], *args: Any, shared: int = 0,
                  pdl: bool = False) -> None:

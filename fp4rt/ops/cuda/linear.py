@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cupy
 import numpy as np
@@ -19,7 +20,7 @@ from fp4rt.ops.cuda.fp8_linear import FP8, FP8_BLOCKS, fp8_layout
 from fp4rt.ops.cuda.mxfp4_linear import MXFP4
 from fp4rt.ops.cuda.nvfp4_linear import NVFP4
 from fp4rt.ops.cuda.rms_norm import Normed
-from fp4rt.ops.cuda.tiles import FEW_TOKENS, Layout, Packed, pack, sum_bytes
+from fp4rt.ops.cuda.tiles import FEW_TOKENS, Layout, Packed, few_warps, pack, sum_bytes, sum_defines
 
 FUSED_NORM_TOKENS = 2  # up to which every block norms the rows itself; more are faster normed once
 UNDIVIDED, WHOLE, SHARED = range(3)  # enum Division in kernels/linear_few.cuh
@@ -35,6 +36,7 @@ class ManyTokens:
 
     alone, each: time of a block that has an SM to itself, and that each adds where several share it: measured on an
     H100 with 28672 x 4096 and 4096 x 14336 NVFP4 weights (microseconds at 4096 columns; only ratios matter).
+    sums: as those of warpgroup.Warpgroups.
     """
 
     row_warps: int
@@ -44,6 +46,7 @@ class ManyTokens:
     blocks: int
     alone: float
     each: float
+    sums: int = 1
 
     @property
     def rows(self) -> int:
@@ -65,10 +68,11 @@ class ManyTokens:
         fit = shared_limit // self.stage_bytes(layout)
         return max(2, min(4, fit // self.blocks)) if fit >= 2 else 0
 
-    def defines(self, layout: Layout, shared_limit: int) -> dict[str, int]:
+    def defines(self, layout: Layout, shared_limit: int, warps: int = 1) -> dict[str, int]:
+        """warps: of the few-token kernel that several sums follow."""
         return {"MANY_ROW_WARPS": self.row_warps, "MANY_ROW_TILES": self.row_tiles,
                 "MANY_TOKEN_WARPS": self.token_warps, "MANY_TOKEN_TILES": self.token_tiles,
-                "MANY_STAGES": self.stages(layout, shared_limit), **layout.defines}
+                "MANY_STAGES": self.stages(layout, shared_limit), **sum_defines(self.sums, warps), **layout.defines}
 
     def runs(self, layout: Layout, shared_limit: int) -> bool:
         """Whether shared memory and registers suffice: sums per scale block need a second set of accumulators."""
@@ -87,9 +91,16 @@ def variants(capability: int) -> list[tuple[str, dict[str, int], int]]:
     found = [("scale_columns", {}, 0)]
     for layout in LAYOUTS:
         found += [(layout.stem, layout.few_defines(limit, division), 0) for division in (UNDIVIDED, WHOLE, SHARED)]
-        found += [(layout.stem, many.defines(layout, limit), many.stages(layout, limit) * many.stage_bytes(layout))
-                  for many in MANY if many.runs(layout, limit)]
+        found += [(layout.stem, many.defines(layout, limit, few_warps(limit)),
+                   many.stages(layout, limit) * many.stage_bytes(layout))
+                  for sums in (1, 2, 3) for many in many_variants(layout, limit, sums)]
     return found
+
+
+def many_variants(layout: Layout, shared_limit: int, sums: int = 1) -> list[ManyTokens]:
+    """Those that run; with several sums of an output, which take registers, one is enough."""
+    found = [replace(many, sums=sums) for many in MANY[0 if sums == 1 else 2:] if many.runs(layout, shared_limit)]
+    return found if sums == 1 else found[:1]
 
 
 class CudaLinear:
@@ -166,7 +177,7 @@ def linear(device: Device, x: Activation | Normed, weight: CudaLinear, *, activa
         out = device.scratch((tokens, weight.out_features), np.float16)
         device.kernel("scale_columns", "multiply_halves")(tokens, 256, both, out, weight.out_features,
                                                           ACTIVATIONS[activation], 2.0**inner, 2.0**-exponent, pdl=True)
-    elif (then is not None and not deterministic and len(weight.groups) == 1
+    elif (then is not None and len(weight.groups) == 1
           and warpgroup.runs(device, weight.groups[0].layout)
           and takes_ordered(device, tokens, weight.out_features, then)):
         ordered = warpgroup.Ordered.empty(device, (tokens, weight.out_features), then.groups[0].layout.interleaved)
@@ -219,14 +230,18 @@ def _columns(weight: CudaLinear, out: cupy.ndarray) -> Iterator[tuple[Packed, cu
 
 def _launch(device: Device, x: Activation | Normed, group: Packed, out: cupy.ndarray, mode: int, activation: str | None,
             exponent: int, deterministic: bool) -> None:
-    """One group into its columns of `out` ([T, features] of a wider row)."""
+    """One group into its columns of `out` ([T, features] of a wider row).
+
+    deterministic: more tokens have the bits that they have by eights.
+    """
     tokens, k = x.shape
-    by_warpgroups = tokens > FEW_TOKENS and not deterministic and warpgroup.runs(device, group.layout)
+    parts = few_plan(group.layout, device.shared_limit, FEW_TOKENS, k).parts
+    sums = 1 + (1 + (parts > 1)) * deterministic
+    by_warpgroups = tokens > FEW_TOKENS and warpgroup.runs(device, group.layout)
     if by_warpgroups and isinstance(x, Normed) and group.prescale is None and k % warpgroup.WHOLE == 0:
         ordered = x.ordered(device, group.layout.interleaved)
         x = Activation(None, x.exponent, x.row_length(), x.row_length(), ordered=ordered)
-    if isinstance(x, Normed) and (tokens > FUSED_NORM_TOKENS or group.prescale is not None or k % 8
-                                  or few_plan(group.layout, device.shared_limit, tokens, k).parts > 1):
+    if isinstance(x, Normed) and (tokens > FUSED_NORM_TOKENS or group.prescale is not None or k % 8 or parts > 1):
         x = x.computed(device)
     if group.prescale is not None:
         x = _prescaled(device, x, group)
@@ -236,19 +251,18 @@ def _launch(device: Device, x: Activation | Normed, group: Packed, out: cupy.nda
         norm = (x.norm.weight, x.norm.eps, math.ldexp(1.0, -x.exponent)) if isinstance(x, Normed) else _NO_NORM
         _few(device, x.x if isinstance(x, Normed) else x.data, group, out, norm, epilogue)
         return
-    if deterministic:
-        for start in range(0, tokens, FEW_TOKENS):
-            _few(device, x.data[start:start + FEW_TOKENS], group, out[start:], _NO_NORM, epilogue)
-        return
     if by_warpgroups:
-        warpgroup.launch(device, x.ordered or warpgroup.order(device, x.data, group.layout), group, out, epilogue)
+        warpgroup.launch(device, x.ordered or warpgroup.order(device, x.data, group.layout), group, out, epilogue,
+                         sums=sums, parts=parts)
         return
-    many = choose_many(device, group, lambda many: -(-tokens // many.tokens))
+    many = choose_many(device, group, lambda many: -(-tokens // many.tokens),
+                       many_variants(group.layout, device.shared_limit, sums))
     stages = many.stages(group.layout, device.shared_limit)
-    kernel = device.kernel(group.layout.stem, "many", **many.defines(group.layout, device.shared_limit))
+    defines = many.defines(group.layout, device.shared_limit, few_warps(device.shared_limit))
     grid = -(-tokens // many.tokens), -(-group.row_tiles // (many.rows // 16))
-    kernel(grid, many.threads, group.tiles, x.data, tokens, k, group.row_tiles, out, *epilogue,
-           shared=stages * many.stage_bytes(group.layout), pdl=True)
+    device.kernel(group.layout.stem, "many", **defines)(
+        grid, many.threads, group.tiles, x.data, tokens, k, group.row_tiles, parts, out, *epilogue,
+        shared=stages * many.stage_bytes(group.layout), pdl=True)
 
 
 def _few(device: Device, x: cupy.ndarray, group: Packed, out: cupy.ndarray, norm: tuple, epilogue: tuple) -> None:
@@ -287,6 +301,7 @@ class FewPlan:
     shared: int
 
 
+@functools.cache
 def few_plan(layout: Layout, shared_limit: int, tokens: int, k: int) -> FewPlan:
     """As many parts as eight tokens need, whatever the tokens: they say in which order a result is summed."""
     defines = layout.few_defines(shared_limit)
@@ -306,7 +321,7 @@ def few_plan(layout: Layout, shared_limit: int, tokens: int, k: int) -> FewPlan:
 
 
 def choose_many(device: Device, group: Packed, token_blocks: Callable[[ManyTokens], float],
-                variants: Sequence[ManyTokens] = MANY) -> ManyTokens:
+                variants: Sequence[ManyTokens]) -> ManyTokens:
     """The variant that is done first: whole waves of blocks over the chip, then what is left."""
     def time(many: ManyTokens) -> float:
         blocks = token_blocks(many) * -(-group.row_tiles * 16 // many.rows)
@@ -314,7 +329,7 @@ def choose_many(device: Device, group: Packed, token_blocks: Callable[[ManyToken
         last = max(many.alone, -(-left // device.sm_count) * many.each) if left else 0
         return waves * many.blocks * many.each + last
 
-    return min((many for many in variants if many.runs(group.layout, device.shared_limit)), key=time)
+    return min(variants, key=time)
 
 
 def _prescaled(device: Device, x: Activation, group: Packed) -> Activation:

@@ -16,6 +16,7 @@ from fp4rt.formats import Weight
 from fp4rt.ops.cuda.device import Device
 
 FEW_TOKENS = 8     # columns of one mma: the few-token kernel costs the same for 1 to 8
+EXPERT_WARPS = 2, 4  # of a few-token block of experts' linears: with less than three tiles each, what a warp costs shows
 _PANEL = 16 << 20  # bytes of source on the device while it is repacked
 
 
@@ -27,6 +28,12 @@ def few_warps(shared_limit: int) -> int:
 def sum_bytes(warps: int, tokens: int) -> int:
     """Shared memory for the warps' sums in the few-token kernel: two sets of 16 rows, SUM_STRIDE apart."""
     return 2 * warps * tokens * 20 * 4
+
+
+def sum_defines(sums: int, warps: int) -> dict[str, int]:
+    """Constants of another kernel for the order of additions that a few-token kernel of so many warps has, for which a
+    thread keeps 2 sums of each output, and 3 where that kernel divides the columns. With 1 it has its own order."""
+    return {} if sums == 1 else {"SUM_WARPS": warps, "SUM_DIVIDED": int(sums == 3)}
 
 
 def panels(rows: int, row_bytes: int) -> Iterator[slice]:

@@ -118,7 +118,7 @@ class Scheduler:
     def _admit(self) -> None:
         """Let waiting sequences run, in their order, as far as their prompts' pages are free."""
         promised = [sum(group) for group in zip(*(self._needs(s) for s in self.running if not s.decoding))]
-        while self.waiting and len(self.running) < self.max_sequences:
+        while self.waiting and len(self.running) < self.max_sequences and self.cache.has_slot:
             head = self.waiting[0]
             if head.ahead:  # it was preempted, and what it drew before has to be read first
                 return

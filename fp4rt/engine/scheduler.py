@@ -143,8 +143,12 @@ class Scheduler:
                 zip(self.cache.missing(sequence.held, len(sequence.ids)), self.cache.plan.windows)]
 
     def _share(self, prompts: list[Sequence], budget: int) -> Step:
-        """How a step's tokens are shared among prompts (oldest first): at most `budget` in all."""
-        rest = {id(s): len(s.ids) - s.remembered for s in prompts}
+        """How a step's tokens are shared among prompts (oldest first): at most `budget` in all.
+
+        Of a prompt it takes none beyond where a snapshot of its state is to be taken.
+        """
+        ends = [min([n for n in s.held.snapshots if n > s.remembered], default=len(s.ids)) for s in prompts]
+        rest = {id(s): end - s.remembered for s, end in zip(prompts, ends)}
         counts = dict.fromkeys(rest, 0)
         shortest_first = sorted(prompts, key=lambda s: rest[id(s)])
         for sequence, most in [(s, -(-budget // 2)) for s in prompts[:1]] + [(s, budget) for s in shortest_first]:

@@ -8,20 +8,20 @@ import time
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Sequence as SequenceOf
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from fp4rt.engine import Grammar, Sequence, TokenLogprobs
 from fp4rt.errors import Fp4rtError
 from fp4rt.llm import LLM, load
+from fp4rt.loading import different_layers
 from fp4rt.sampling import Sampling
 from fp4rt.text import Splitter
 
 MAX_LOGPROBS = 20
 
 
-@dataclass(frozen=True)
-class Delta:
+class Delta(NamedTuple):
     """What became known of an answer since the last one.
 
     Of an iterator that is behind, one delta is several tokens. text, reasoning: whole characters. ids: the tokens
@@ -43,8 +43,8 @@ class Delta:
     def then(self, later: Delta) -> Delta:
         """Both in one."""
         logprobs = None if self.logprobs is None else [*self.logprobs, *(later.logprobs or ())]
-        return replace(later, text=self.text + later.text, reasoning=self.reasoning + later.reasoning,
-                       ids=self.ids + later.ids, logprobs=logprobs, prompt_logprobs=self.prompt_logprobs)
+        return later._replace(text=self.text + later.text, reasoning=self.reasoning + later.reasoning,
+                              ids=self.ids + later.ids, logprobs=logprobs, prompt_logprobs=self.prompt_logprobs)
 
 
 @dataclass
@@ -201,7 +201,7 @@ class AsyncLLM:
         self._prompt_tokens = self._generated_tokens = 0
         if llm.has_text:
             llm.text  # read now: the first request should not wait for it
-        llm.engine.prepare()
+        llm.engine.prepare(different_layers(llm.linears, llm.engine.cache.plan.memory))
         self._work = threading.Condition()
         self._closing = False
         self._failure: Fp4rtError | None = None

@@ -146,6 +146,8 @@ class LLM:
         cache = engine.cache
         room = f"{context} tokens" if cache.tokens < context + PAGE_TOKENS else (
             f"{cache.tokens} tokens, {context} of one sequence at most")
+        if context < (longest := engine.model.config.max_position_embeddings):
+            room += f" (the model takes {longest}: max_model_len)"
         self.report = [
             f"{checkpoint.path.name}: {checkpoint.config['model_type']} on {ops.device}", *loader.report(),
             f"weights {self.weight_bytes / 1e6:.1f} MB, K/V {cache.nbytes / 1e6:.1f} MB for {room}, "

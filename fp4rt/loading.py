@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fp4rt.checkpoint import Scope
 from fp4rt.errors import Fp4rtError
 from fp4rt.formats import ExpertShape, Weight, read_experts, read_kv_scales, read_vector, read_weight
-from fp4rt.ops import AttentionShape, Linear, Ops
+from fp4rt.ops import AttentionShape, Linear, MambaShape, Ops
 
 KV_DTYPES = ("auto", "fp8")
 
@@ -154,6 +155,21 @@ class Loader:
             lines.append(f"FP8 K/V of {count} layers, " + ("with the checkpoint's scales" if scaled else
                          "with scale 1.0, for the checkpoint has none: what exceeds 448 saturates"))
         return lines
+
+
+def different_layers(linears: Sequence[Loaded], memory: Sequence[AttentionShape | MambaShape | None]) -> list[int]:
+    """The first of each kind of layers: those of one kind remember alike, and their linears have the same names,
+    formats and sizes."""
+    parts: list[list[tuple]] = [[] for _ in memory]
+    for one in linears:
+        if place := re.search(r"\blayers\.(\d+)\.(.*)", one.names[0]):
+            parts[int(place[1])].append((place[2], one.formats, one.shape, one.linear.nbytes))
+    kinds: dict[tuple, int] = {}
+    for layer, (shape, linear) in enumerate(zip(memory, parts)):
+        if isinstance(shape, AttentionShape):
+            shape = replace(shape, shares=shape.shares and 0, fp8_scales=shape.fp8_scales and (1.0, 1.0))
+        kinds.setdefault((shape, *linear), layer)
+    return list(kinds.values())
 
 
 def _formats(weights: list[Weight], taken: list[Weight]) -> tuple[str, ...]:

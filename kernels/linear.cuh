@@ -42,17 +42,22 @@ template <class Tile> __device__ __forceinline__ int chunk_at(int token, int chu
     return token * (Tile::K / 8) + (chunk ^ ((token & 1) << 2));
 }
 
+// 8 halves of a row from k, zero past its end, wherever it lies: few instructions for what is rare.
+__device__ __forceinline__ uint4 eight_halves(const __half* row, int k, int K) {
+    uint4 v = make_uint4(0, 0, 0, 0);
+#pragma unroll 1
+    for (int i = 7; i >= 0; i--)
+        v = make_uint4(v.x << 16 | (k + i < K ? __half_as_ushort(row[k + i]) : 0), __funnelshift_l(v.x, v.y, 16),
+                       __funnelshift_l(v.y, v.z, 16), __funnelshift_l(v.z, v.w, 16));
+    return v;
+}
+
 // 8 activations (from column k of a row of K) to shared memory as 16 bytes, zero past the end. `aligned`: K % 8 == 0.
 __device__ __forceinline__ void stage_chunk(uint4* shared, const __half* row, int k, int K, bool valid, bool aligned) {
     if (aligned) {
         valid = valid && k < K;
         copy_async(shared, valid ? row + k : row, valid ? 16 : 0);
-    } else {
-        __half values[8];
-#pragma unroll
-        for (int i = 0; i < 8; i++) values[i] = valid && k + i < K ? row[k + i] : __float2half_rn(0.0f);
-        *shared = *reinterpret_cast<uint4*>(values);
-    }
+    } else *shared = valid ? eight_halves(row, k, K) : make_uint4(0, 0, 0, 0);
 }
 
 template <class Tile, int N>

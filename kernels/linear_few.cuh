@@ -23,24 +23,19 @@ struct RowNorm {
     float eps, factor;
 };
 
-// 8 of a row's columns from k, zero past the end. `aligned`: K % 8 == 0.
-__device__ __forceinline__ void load_eight(float4 (&to)[2], const float* row, int k, int K, bool aligned) {
-    to[0] = to[1] = make_float4(0, 0, 0, 0);
-    if (aligned) {
+// 8 of a row's columns from k, zero past the end. K % 8 == 0.
+__device__ __forceinline__ void load_eight(float4 (&to)[2], const float* row, int k, int K) {
 #pragma unroll
-        for (int i = 0; i < 2; i++)
-            if (k < K) to[i] = reinterpret_cast<const float4*>(row + k)[i];
-    } else {
-#pragma unroll
-        for (int i = 0; i < 8; i++)
-            if (k + i < K) (&to[i / 4].x)[i % 4] = row[k + i];
-    }
+    for (int i = 0; i < 2; i++)
+        to[i] = k < K ? reinterpret_cast<const float4*>(row + k)[i] : make_float4(0, 0, 0, 0);
 }
 
 __device__ __forceinline__ uint4 normed_eight(const float4 (&x)[2], float scale, const float4 (&weight)[2]) {
     const uint2 low = normed(x[0], scale, weight[0]), high = normed(x[1], scale, weight[1]);
     return make_uint4(low.x, low.y, high.x, high.y);
 }
+
+template <int N> struct Count { static constexpr int value = N; };
 
 constexpr int SUM_STRIDE = 20;  // floats between columns of 16 rows: conflict-free for the accumulators' layout
 // How columns are divided: not at all; a block takes all parts; as many blocks as parts share a row tile.
@@ -86,7 +81,7 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const v
 #pragma unroll
             for (int i = 0; i < TILE; i += 32)
                 if (i + 32 <= TILE || lane < TILE - i)
-                    copy_async(base + slot + (i + lane) * 16, reinterpret_cast<const uint4*>(weights) + tile + i, 16);
+                    copy_async_once(base + slot + (i + lane) * 16, reinterpret_cast<const uint4*>(weights) + tile + i);
             fetch_i++;
             tile += WARPS * parts * TILE;
         }
@@ -99,86 +94,94 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const v
     const int c = lane % CHUNKS, to_c = Tile::position(c);
     auto column = [&](int i, int p) { return kt(i, p) * Tile::K + c * 8; };
     auto load_x = [&]() {
-        const __half* rows = static_cast<const __half*>(x);
-        int i = 0, p = 0, token = lane / CHUNKS;
-        auto carry = [&]() {
-            while (token >= tokens) {
-                token -= tokens;
-                if (++p == held) p = 0, i++;
-            }
+        const __half* const rows = static_cast<const __half*>(x);
+        const int first = lane / CHUNKS;
+        const unsigned own = chunk_at<Tile>(first, to_c);
+        int p = 0, tile_of_x = kt(0, 0), to = x_place(0, 0);
+        auto next = [&]() {
+            const bool turns = ++p == held;
+            if (turns) p = 0;
+            tile_of_x += turns ? WARPS * parts - held + 1 : 1;
+            to += (turns ? (WARPS - 1) * held + 1 : 1) * x_tile;
         };
-        carry();
         if (!aligned) {
 #pragma unroll 1
-            for (; kt(i, 0) < k_tiles; token += ROWS, carry())
-                if (kt(i, p) < k_tiles)
-                    stage_chunk(resident + x_place(i, p) + chunk_at<Tile>(token, to_c), rows + (size_t)token * K,
-                                column(i, p), K, true, false);
+            for (; tile_of_x < k_tiles; next())
+#pragma unroll 1
+                for (int token = first; token < tokens; token += ROWS)
+                    resident[to + chunk_at<Tile>(token, to_c)] =
+                        eight_halves(rows + (size_t)token * K, tile_of_x * Tile::K + c * 8, K);
         }
-        while (kt(i, 0) < k_tiles) {
-            uint4 values[8];
-            int to[8];
+        // TILES at once, EACH of the lane's tokens of them: more tiles where tokens are few, for one way from memory.
+        auto load = [&](auto tiles, auto each) {
+            constexpr int TILES = decltype(tiles)::value, EACH = decltype(each)::value;
+            while (tile_of_x < k_tiles) {
+                uint4 values[TILES][EACH];
+                int places[TILES];
 #pragma unroll
-            for (int u = 0; u < 8; u++) {
-                to[u] = kt(i, p) < k_tiles ? x_place(i, p) + chunk_at<Tile>(token, to_c) : -1;
-                values[u] = make_uint4(0, 0, 0, 0);
-                if (to[u] >= 0 && column(i, p) < K)
-                    values[u] = *reinterpret_cast<const uint4*>(rows + (size_t)token * K + column(i, p));
-                token += ROWS;
-                carry();
+                for (int i = 0; i < TILES; i++, next()) {
+                    const int k = tile_of_x * Tile::K + c * 8;
+                    const __half* const from = rows + (size_t)first * K + k;
+                    places[i] = tile_of_x < k_tiles ? to : -1;
+#pragma unroll
+                    for (int u = 0; u < EACH; u++) {
+                        if (u * ROWS >= tokens) break;
+                        values[i][u] = k < K && first + u * ROWS < tokens
+                            ? *reinterpret_cast<const uint4*>(from + (size_t)u * ROWS * K) : make_uint4(0, 0, 0, 0);
+                    }
+                }
+#pragma unroll
+                for (int i = 0; i < TILES; i++)
+#pragma unroll
+                    for (int u = 0; u < EACH; u++)
+                        if (places[i] >= 0 && first + u * ROWS < tokens)
+                            resident[places[i] + own + u * ROWS * CHUNKS] = values[i][u];
             }
-#pragma unroll
-            for (int u = 0; u < 8; u++)
-                if (to[u] >= 0) resident[to[u]] = values[u];
-        }
+        };
+        if (tokens <= ROWS) load(Count<DIVISION == WHOLE ? 8 : 4>(), Count<1>());
+        else load(Count<ROWS>(), Count<8 / ROWS>());
         __syncwarp();
     };
     // The same, normed. Parts of a warp take turns with the tiles; the weights of the first are read before the
     // predecessor is done.
     float4 norm_weight[2];
-    auto load_norm_weight = [&](int i) { load_eight(norm_weight, norm.weight, column(i, 0), K, aligned); };
     auto load_normed = [&]() {
-        const float* rows = static_cast<const float*>(x);
+        const float* row = static_cast<const float*>(x);
 #pragma unroll 1
-        for (int token = 0; token < tokens; token += 2) {
-            const float* const row = rows + (size_t)token * K;
-            const bool two = token + 1 < tokens;
-            float squares[2];
-            warp_squares<WARPS * 32>(squares, {row, two ? row + K : nullptr}, K);
+        for (int token = 0; token < tokens; token++) {
+            float squares[1];
+            warp_squares<WARPS * 32>(squares, {row + (size_t)token * K}, K);
             if (lane == 0) sums[warp * tokens + token] = squares[0];
-            if (lane == 0 && two) sums[warp * tokens + token + 1] = squares[1];
         }
         __syncthreads();
 #pragma unroll 1
-        for (int i = lane / CHUNKS; kt(i, 0) < k_tiles; i += ROWS) {
-            if (i >= ROWS) load_norm_weight(i);
+        for (int token = 0; token < tokens; token++, row += K) {
+            float scale = 0.0f;
 #pragma unroll 1
-            for (int token = 0; token < tokens; token += 2) {
-                const float* const row = rows + (size_t)token * K;
-                float4 values[2][2];
-                load_eight(values[0], row, column(i, 0), K, aligned);
-                if (token + 1 < tokens) load_eight(values[1], row + K, column(i, 0), K, aligned);
-#pragma unroll
-                for (int u = 0; u < 2; u++) {
-                    if (token + u >= tokens) continue;
-                    const float scale = norm.factor / row_length<WARPS>(sums + token + u, tokens, K, norm.eps);
-                    uint4& to = resident[x_place(i, 0) + chunk_at<Tile>(token + u, to_c)];
-                    to = normed_eight(values[u], scale, norm_weight);
-                }
+            for (int i = lane / CHUNKS; kt(i, 0) < k_tiles; i += ROWS) {
+                float4 values[2], weight[2] = {norm_weight[0], norm_weight[1]};
+                load_eight(values, row, column(i, 0), K);
+                if (i >= ROWS) load_eight(weight, norm.weight, column(i, 0), K);
+                else scale = norm.factor / row_length<WARPS>(sums + token, tokens, K, norm.eps);  // while they come
+                resident[x_place(i, 0) + chunk_at<Tile>(token, to_c)] = normed_eight(values, scale, weight);
             }
         }
         __syncthreads();  // the sums' place is free again
     };
 
-    dependents_may_start();
+    // The next kernel fetches its first weights as soon as it starts: the activations of more than two tokens, all of
+    // them wanted on every SM, take longer behind those than that kernel gains.
+    const bool starts_dependents_late = tokens > 2;
+    if (!starts_dependents_late) dependents_may_start();
 #pragma unroll 1
     for (unsigned slot = ring; slot != ring_end; slot += Tile::BYTES) fetch(slot);
-    if (DIVISION == UNDIVIDED && norm.weight) load_norm_weight(lane / CHUNKS);
+    if (DIVISION == UNDIVIDED && norm.weight) load_eight(norm_weight, norm.weight, column(lane / CHUNKS, 0), K);
     for (int i = threadIdx.x; block + i * blocks < row_tiles; i += WARPS * 32)
         prefetch(e.row_scale + (block + i * blocks) * 16);
     wait_for_predecessor();
     if (DIVISION == UNDIVIDED && norm.weight) load_normed();
     else load_x();
+    if (starts_dependents_late) dependents_may_start();
 
     // Lane t of token g finds the chunk of a step 4 chunks further each step, the swizzle apart.
     const int token = min(g, tokens - 1), swizzle = (token & 1) * 4;  // columns past the last token repeat it, unused
@@ -253,17 +256,13 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const v
             const bool valid = column_token < tokens;
             barrier_wait(WRITTEN + which, WARPS * 32);
             float value = 0.0f;
-            if (valid) {
-#pragma unroll
-                for (int w = 0; w < WARPS; w++) value += set[(w * tokens + column_token) * SUM_STRIDE + row];
 #pragma unroll 1
-                for (int p = 1; p < held; p++) {
-                    float more = 0.0f;
+            for (int p = 0; valid && p < held; p++) {
+                float sum = 0.0f;
 #pragma unroll
-                    for (int w = 0; w < WARPS; w++)
-                        more += set[p * part_sums + (w * tokens + column_token) * SUM_STRIDE + row];
-                    value += more;
-                }
+                for (int w = 0; w < WARPS; w++)
+                    sum += set[p * part_sums + (w * tokens + column_token) * SUM_STRIDE + row];
+                value = p ? value + sum : sum;
             }
             barrier_wait(ADDED + which, adders * 32);
             barrier_arrive(READ + which, WARPS * 32);

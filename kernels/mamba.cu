@@ -9,6 +9,7 @@
 #include "norm.cuh"
 
 constexpr int THREADS = 128;
+constexpr int NORM_THREADS = 512;         // of a block of `gated_norm`, at most
 constexpr int LANES = 8;                  // that share a row of the state: four neighbours of every 32 each
 constexpr int QUADS = (STATE + 31) / 32;  // float4 of a lane
 constexpr int ROWS = STATE > 128 ? 1 : 2;  // of the state of each lane
@@ -16,7 +17,7 @@ constexpr int BLOCK_ROWS = THREADS / LANES * ROWS;
 constexpr int CHUNK = STATE > 128 ? 8 : 16;  // tokens in shared memory at a time, twice: the next ones arrive meanwhile
 constexpr int CONVOLVE_TOKENS = 8;           // of a block of `convolve`
 
-__device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
+__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
 struct Convolution {
     const __half* xbc;     // of the flat token axis, row 0
@@ -82,6 +83,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const int first = blockIdx.x * CONVOLVE_TOKENS, last = min(first + CONVOLVE_TOKENS, starts[sequences]);
     if (first >= last || channel >= width + heads) return;
     int sequence = owner(starts, sequences, first);
+#pragma unroll 1
     for (int token = first; token < last; token++) {
         while (token >= starts[sequence + 1]) sequence++;
         float* row = convolved + (size_t)token * (width + 2 * heads);
@@ -123,7 +125,7 @@ struct Scan {
     const int* starts;
     const int* positions;
     const int* slots;
-    int heads, head_dim, groups;
+    int heads, head_dim, groups, group_heads;
     const float* weight;
     const float* bias;
     const float* A;
@@ -135,7 +137,7 @@ struct Scan {
     float* out;  // [T, inner]: y + D x
 };
 
-// grid (heads * row blocks, S), block THREADS: the scan over a sequence's new tokens, the state in registers. A block
+// grid (row blocks, heads, S), block THREADS: the scan over a sequence's new tokens, the state in registers. A block
 // owns BLOCK_ROWS rows of one head. ONE: every sequence has one new token, and each block convolves what it needs.
 // Writes y and the slot: its rows of the state, x of its rows, and B and C if it is its group's first. Nothing is read
 // ahead of the predecessor: reading the state so, although a step before has written it, ended in NaN on an H100.
@@ -146,12 +148,11 @@ template <bool ONE> __device__ __forceinline__ void scan(const Scan& p) {
     dependents_may_start();
     wait_for_predecessor();
     const int inner = p.heads * p.head_dim, width = inner + 2 * p.groups * STATE, stride = inner + width + p.heads;
-    const int row_blocks = (p.head_dim + BLOCK_ROWS - 1) / BLOCK_ROWS;
-    const int head = blockIdx.x / row_blocks, first_row = blockIdx.x % row_blocks * BLOCK_ROWS;
-    const int rows = min(BLOCK_ROWS, p.head_dim - first_row), group = head / (p.heads / p.groups);
-    const int first = p.starts[blockIdx.y], count = ONE ? 1 : p.starts[blockIdx.y + 1] - first;
+    const int first_row = blockIdx.x * BLOCK_ROWS, head = blockIdx.y, sequence = blockIdx.z;
+    const int rows = min(BLOCK_ROWS, p.head_dim - first_row), group = head / p.group_heads;
+    const int first = p.starts[sequence], count = ONE ? 1 : p.starts[sequence + 1] - first;
     if (count <= 0) return;
-    const int slot = p.slots[blockIdx.y], position = p.positions[first];
+    const int slot = p.slots[sequence], position = p.positions[first];
     const int lane = threadIdx.x % LANES, my_row = threadIdx.x / LANES * ROWS;
 
     float s[ROWS][QUADS][4];
@@ -171,6 +172,7 @@ template <bool ONE> __device__ __forceinline__ void scan(const Scan& p) {
             }
         }
     if (STATE % 32)
+#pragma unroll 1
         for (int i = threadIdx.x; i < BUFFERS * TOKENS; i += THREADS)
             for (int n = STATE; n < QUADS * 32; n++) B[i / TOKENS][i % TOKENS][n] = C[i / TOKENS][i % TOKENS][n] = 0;
 
@@ -187,6 +189,7 @@ template <bool ONE> __device__ __forceinline__ void scan(const Scan& p) {
             copy_float(&B[to][t][n], row + (size_t)t * row_size + b_channel + n);
             copy_float(&C[to][t][n], row + (size_t)t * row_size + c_channel + n);
         }
+#pragma unroll 1
         for (int i = threadIdx.x; i < tokens * BLOCK_ROWS; i += THREADS) {
             const int t = i / BLOCK_ROWS, r = i % BLOCK_ROWS;
             if (r < rows) copy_float(&x[to][t][r], row + (size_t)t * row_size + x_channel + r);
@@ -288,100 +291,90 @@ template <bool ONE> __device__ __forceinline__ void scan(const Scan& p) {
             }
         }
     auto remember = [&](int channel) {
+#pragma unroll 1
         for (int i = max(0, count - TAPS); i < count; i++)
             my_recent[(position + i) % TAPS * width + channel] =
                 p.projected[(size_t)(first + i) * stride + inner + channel];
     };
+#pragma unroll 1
     for (int r = threadIdx.x; r < rows; r += THREADS) remember(x_channel + r);
-    if (head % (p.heads / p.groups) == 0 && first_row == 0)
+    if (head == group * p.group_heads && first_row == 0)
+#pragma unroll 1
         for (int n = threadIdx.x; n < STATE; n += THREADS) remember(b_channel + n), remember(c_channel + n);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
     scan_one(const __half* projected, const float* convolved, const int* __restrict__ starts,
              const int* __restrict__ positions, const int* __restrict__ slots, int heads, int head_dim, int groups,
-             const float* __restrict__ weight, const float* __restrict__ bias, const float* __restrict__ A,
-             const float* __restrict__ D, const float* __restrict__ dt_bias, float in_factor, __half* recent,
-             float* state, float* __restrict__ out) {
-    scan<true>({projected, convolved, starts, positions, slots, heads, head_dim, groups, weight, bias, A, D, dt_bias,
-                in_factor, recent, state, out});
+             int group_heads, const float* __restrict__ weight, const float* __restrict__ bias,
+             const float* __restrict__ A, const float* __restrict__ D, const float* __restrict__ dt_bias,
+             float in_factor, __half* recent, float* state, float* __restrict__ out) {
+    scan<true>({projected, convolved, starts, positions, slots, heads, head_dim, groups, group_heads, weight, bias, A,
+                D, dt_bias, in_factor, recent, state, out});
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 3)
     scan_many(const __half* projected, const float* convolved,
               const int* __restrict__ starts, const int* __restrict__ positions, const int* __restrict__ slots,
-              int heads, int head_dim, int groups, const float* __restrict__ weight, const float* __restrict__ bias,
-              const float* __restrict__ A, const float* __restrict__ D, const float* __restrict__ dt_bias,
-              float in_factor, __half* recent, float* state, float* __restrict__ out) {
-    scan<false>({projected, convolved, starts, positions, slots, heads, head_dim, groups, weight, bias, A, D, dt_bias,
-                 in_factor, recent, state, out});
+              int heads, int head_dim, int groups, int group_heads, const float* __restrict__ weight,
+              const float* __restrict__ bias, const float* __restrict__ A, const float* __restrict__ D,
+              const float* __restrict__ dt_bias, float in_factor, __half* recent, float* state,
+              float* __restrict__ out) {
+    scan<false>({projected, convolved, starts, positions, slots, heads, head_dim, groups, group_heads, weight, bias, A,
+                 D, dt_bias, in_factor, recent, state, out});
 }
 
-// grid (T, groups), block THREADS: RMSNorm over `size` neighbours of y * silu(z), to fp16 times a power of two. z is
-// the first of a row of `projected`, of `stride`. A token that no sequence owns gives zeros. A group's first HELD *
-// THREADS quads stay in registers, and all their loads are on the way together.
-extern "C" __global__ void __launch_bounds__(THREADS)
+// grid (T, groups), block of whole warps, up to NORM_THREADS: RMSNorm over `size` neighbours of y * silu(z), to fp16
+// times a power of two. z is the first of a row of `projected`, of `stride`. A token that no sequence owns gives zeros.
+// What a thread has read last it still holds when the sum is there: of a group of four numbers per thread, all.
+extern "C" __global__ void __launch_bounds__(NORM_THREADS)
     gated_norm(const float* y, const __half* projected, int stride, float in_factor,
                const int* __restrict__ starts, int sequences, int size, const float* __restrict__ weight, float eps,
                float factor, __half* __restrict__ out) {
-    constexpr int HELD = 4;
-    __shared__ float partial[THREADS / 32];
+    __shared__ float partial[NORM_THREADS / 32];
     const size_t from = ((size_t)blockIdx.x * gridDim.y + blockIdx.y) * size;
     const int quads = size % 4 || stride % 4 ? 0 : size / 4;  // others are not aligned to 16 and 8 bytes
+    const int threads = blockDim.x, lane = threadIdx.x % 32;
     const __half* z = projected + (size_t)blockIdx.x * stride + (size_t)blockIdx.y * size;
     y += from, out += from, weight += (size_t)blockIdx.y * size;
     dependents_may_start();
-    for (int i = threadIdx.x * 32; i < size; i += THREADS * 32) prefetch(weight + i);
+    if (threadIdx.x < quads) prefetch(weight + 4 * threadIdx.x);
     wait_for_predecessor();
 
+    auto gate = [&](__half2 pair) {
+        const float2 g = __half22float2(pair);
+        return make_float2(silu(g.x * in_factor), silu(g.y * in_factor));
+    };
+    float4 v, w;
+    auto load = [&](int i) {
+        const uint2 gates = reinterpret_cast<const uint2*>(z)[i];
+        v = reinterpret_cast<const float4*>(y)[i], w = reinterpret_cast<const float4*>(weight)[i];
+        const float2 low = gate(as_half2(gates.x)), high = gate(as_half2(gates.y));
+        v = make_float4(v.x * low.x, v.y * low.y, v.z * high.x, v.w * high.y);
+    };
     auto gated = [&](int i) { return y[i] * silu(__half2float(z[i]) * in_factor); };
-    auto load = [&](int base, float4 (&v)[HELD], float4 (&w)[HELD]) {  // gated, and the weights
-        uint2 gates[HELD];
-#pragma unroll
-        for (int h = 0; h < HELD; h++) {
-            const int i = min(base + h * THREADS + (int)threadIdx.x, quads - 1);
-            v[h] = reinterpret_cast<const float4*>(y)[i], gates[h] = reinterpret_cast<const uint2*>(z)[i];
-            w[h] = reinterpret_cast<const float4*>(weight)[i];
-        }
-#pragma unroll
-        for (int h = 0; h < HELD; h++) {
-            const float2 low = __half22float2(as_half2(gates[h].x)), high = __half22float2(as_half2(gates[h].y));
-            v[h].x *= silu(low.x * in_factor), v[h].y *= silu(low.y * in_factor);
-            v[h].z *= silu(high.x * in_factor), v[h].w *= silu(high.y * in_factor);
-        }
-    };
-    float4 held[HELD], weights[HELD];
-    float squares = 0;
     const bool owned = blockIdx.x < starts[sequences];
-    auto add = [&](int base, const float4 (&v)[HELD]) {
-#pragma unroll
-        for (int h = 0; h < HELD; h++)
-            if (base + h * THREADS + threadIdx.x < quads)
-                squares += v[h].x * v[h].x + v[h].y * v[h].y + v[h].z * v[h].z + v[h].w * v[h].w;
-    };
-    if (quads) load(0, held, weights), add(0, held);
+    float squares = 0;
+    int i = threadIdx.x;
 #pragma unroll 1
-    for (int base = HELD * THREADS; base < quads; base += HELD * THREADS) {
-        float4 v[HELD], w[HELD];
-        load(base, v, w), add(base, v);
+    for (; i < quads; i += threads) {
+        load(i);
+        squares += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
     }
-    for (int i = 4 * quads + threadIdx.x; i < size; i += THREADS) squares = fmaf(gated(i), gated(i), squares);
-    const float total = block_sum<THREADS / 32>(squares, partial);
-    const float scale = factor / sqrtf(total / size + eps);
-    auto store = [&](int base, const float4 (&v)[HELD], const float4 (&w)[HELD]) {
-#pragma unroll
-        for (int h = 0; h < HELD; h++) {
-            const int i = base + h * THREADS + threadIdx.x;
-            if (i < quads)
-                reinterpret_cast<uint2*>(out)[i] = owned ? normed(v[h], scale, w[h]) : make_uint2(0, 0);
-        }
-    };
-    if (quads) store(0, held, weights);
 #pragma unroll 1
-    for (int base = HELD * THREADS; base < quads; base += HELD * THREADS) {
-        float4 v[HELD], w[HELD];
-        load(base, v, w), store(base, v, w);
+    for (int k = 4 * quads + threadIdx.x; k < size; k += threads) squares = fmaf(gated(k), gated(k), squares);
+    squares = warp_sum(squares);
+    if (lane == 0) partial[threadIdx.x / 32] = squares;
+    __syncthreads();
+    const float total = warp_sum(lane < threads / 32 ? partial[lane] : 0.0f);
+    const float scale = factor * rsqrtf(__fdividef(total, size) + eps);
+#pragma unroll 1
+    for (i -= threads; i >= 0;) {
+        reinterpret_cast<uint2*>(out)[i] = owned ? normed(v, scale, w) : make_uint2(0, 0);
+        i -= threads;
+        if (i >= 0) load(i);
     }
-    for (int i = 4 * quads + threadIdx.x; i < size; i += THREADS)
-        out[i] = __float2half_rn(owned ? gated(i) * scale * weight[i] : 0.0f);
+#pragma unroll 1
+    for (int k = 4 * quads + threadIdx.x; k < size; k += threads)
+        out[k] = __float2half_rn(owned ? gated(k) * scale * weight[k] : 0.0f);
 }

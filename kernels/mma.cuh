@@ -44,6 +44,19 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, int
     *reinterpret_cast<uint4*>(shared) = v;
 #endif
 }
+// The same of 16 bytes that are read once in a step: they leave L2 before what is wanted again, the machine code of the
+// other kernels of a layer not the least.
+__device__ __forceinline__ void copy_async_once(void* shared, const void* global) {
+#if __CUDA_ARCH__ >= 800
+    unsigned address = __cvta_generic_to_shared(shared);
+    unsigned long long policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;"
+        :: "r"(address), "l"(global), "l"(policy) : "memory");
+#else
+    copy_async(shared, global, 16);
+#endif
+}
 __device__ __forceinline__ void copy_commit() {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.commit_group;" ::: "memory");

@@ -2,7 +2,7 @@
 #include "table.cuh"
 #include "norm.cuh"
 
-constexpr int THREADS = 128;
+constexpr int THREADS = 256;
 
 // grid (T, layers), block THREADS: inputs fp16 [T, layers * width] (times the exponent behind out_factor) =
 // (norm(projected / sqrt(d)) + table[token] * table_scale) / sqrt(2), norm over width. `projected`, fp16 [T, layers *
@@ -21,12 +21,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     projected += blockIdx.x * row + column, inputs += blockIdx.x * row + column;
     factor *= rows[blockIdx.x];
     float squares = 0;
+#pragma unroll 1
     for (int i = threadIdx.x; i < width; i += THREADS) {
         const float value = __half2float(projected[i]) * factor;
         squares = fmaf(value, value, squares);
     }
     const float total = block_sum<THREADS / 32>(squares, partial);
     const float inverse = factor / sqrtf(total / width + eps);
+#pragma unroll 1
     for (int i = threadIdx.x; i < width; i += THREADS) {
         const float value = __half2float(projected[i]) * inverse * weight[i] +
                             table_value(table, looked_up + i, format) * table_scale;
@@ -45,6 +47,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     wait_for_predecessor();
     const float row = rows[blockIdx.x] * factor;
     gate += (size_t)blockIdx.x * width, inputs += (size_t)blockIdx.x * input_row, out += (size_t)blockIdx.x * width;
+#pragma unroll 1
     for (int i = threadIdx.x; i < width; i += THREADS) {
         const float g = __half2float(gate[i]), y = g * row;
         const float open = 0.5f * (1 + tanhf(0.79788456f * (y + 0.044715f * y * y * y)));

@@ -4,8 +4,9 @@
 #include "dense.cuh"
 #include "norm.cuh"
 
-constexpr int WARPS = 8, THREADS = WARPS * 32;
-constexpr int PARTS = 8;  // blocks of `route_few` for a token: where there are clusters, one
+constexpr int WARPS = 16, THREADS = WARPS * 32;
+constexpr int COUNTERS = 4;  // threads that find an expert's place
+constexpr int PARTS = 8;     // blocks of `route_few` for a token: where there are clusters, one
 #if __CUDA_ARCH__ >= 900
 #define IN_CLUSTERS __cluster_dims__(PARTS)
 #else
@@ -28,47 +29,78 @@ __device__ __forceinline__ unsigned ordered(float x) {
 
 // A block's maximum or sum in all its threads; call with all of them, once for each `shared` [WARPS].
 template <class Combine> __device__ __forceinline__ float of_block(float value, float* shared, Combine combine) {
+    auto of_lanes = [&](int lanes) {
 #pragma unroll
-    for (int offset = 16; offset; offset /= 2) value = combine(value, __shfl_xor_sync(~0u, value, offset));
+        for (int offset = lanes / 2; offset; offset /= 2)
+            value = combine(value, __shfl_xor_sync(~0u, value, offset));
+    };
+    of_lanes(32);
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
     __syncthreads();
-    value = shared[0];
-#pragma unroll
-    for (int w = 1; w < WARPS; w++) value = combine(value, shared[w]);
+    value = shared[threadIdx.x % WARPS];
+    of_lanes(WARPS);
     return value;
 }
 
-// A block, for one token. `shared`: 2 * experts + groups + top_k words, the first of which are the logits: thread
-// e % THREADS wrote that of expert e. All sums in a fixed order; of equal scores the lowest index; a NaN last, so that ids
-// are distinct whatever the logits.
+// Words of shared memory that `choose` wants: whole quads.
+__device__ __forceinline__ int room(const Rule& rule) {
+    return (4 * rule.experts + 3 + rule.groups + rule.top_k + 3) / 4 * 4;
+}
+
+// Of `room` words, where `choose` wants the logits: thread e % THREADS writes that of expert e.
+__device__ __forceinline__ float* logits_in(float* shared, const Rule& rule) {
+    return shared + (rule.experts + 3) / 4 * 4;
+}
+
+// A block brings what `choose` reads besides the logits.
+__device__ __forceinline__ void prepare(const Rule& rule, float* shared) {
+    float* const corrections = logits_in(shared, rule) + rule.experts;
+#pragma unroll 1
+    for (int e = threadIdx.x; e < rule.experts; e += THREADS) {
+        if (rule.correction) corrections[e] = rule.correction[e];
+        if (rule.expert_scale) corrections[rule.experts + e] = rule.expert_scale[e];
+    }
+}
+
+// A block, for one token, after `prepare`. All sums in a fixed order; of equal scores the lowest index; a NaN last, so
+// that ids are distinct whatever the logits. Loops are not unrolled: a step's kernels share the instruction cache.
 __device__ __forceinline__ void choose(const Rule& rule, float* shared, int* ids, float* weights) {
     __shared__ float maxima[WARPS], totals[WARPS];
-    const int experts = rule.experts, groups = rule.groups;
-    float *const scores = shared, *const ranked = scores + experts, *const best_two = ranked + experts;
+    const int experts = rule.experts, groups = rule.groups, quads = (experts + 3) / 4;
+    float *const ranked = shared, *const scores = logits_in(shared, rule), *const corrections = scores + experts;
+    float *const expert_scales = corrections + experts, *const best_two = expert_scales + experts;
     int* const chosen = reinterpret_cast<int*>(best_two + groups);
     const float infinity = __int_as_float(0x7f800000);
 
-    float most = -infinity, sum = 0.0f;
+    float most = 0.0f, sum = 1.0f;
     if (!rule.sigmoid) {
+        most = -infinity;
+#pragma unroll 1
         for (int e = threadIdx.x; e < experts; e += THREADS) most = fmaxf(most, scores[e]);
         most = of_block(most, maxima, [](float x, float y) { return fmaxf(x, y); });
+        // Normalising divides what a softmax divides by out again.
+        if (!rule.normalize || rule.correction) {
+            sum = 0.0f;
+#pragma unroll 1
+            for (int e = threadIdx.x; e < experts; e += THREADS) sum += expf(scores[e] - most);
+            sum = of_block(sum, totals, [](float x, float y) { return x + y; });
+        }
     }
+#pragma unroll 1
     for (int e = threadIdx.x; e < experts; e += THREADS) {
-        const float score = rule.sigmoid ? 1.0f / (1.0f + expf(-scores[e])) : expf(scores[e] - most);
+        const float power = expf(rule.sigmoid ? -scores[e] : scores[e] - most);
+        const float score = (rule.sigmoid ? 1.0f : power) / (rule.sigmoid ? 1.0f + power : sum);
         scores[e] = score;
-        sum += score;
-    }
-    if (!rule.sigmoid) sum = of_block(sum, totals, [](float x, float y) { return x + y; });
-    for (int e = threadIdx.x; e < experts; e += THREADS) {
-        if (!rule.sigmoid) scores[e] /= sum;
-        ranked[e] = rule.correction ? scores[e] + rule.correction[e] : scores[e];
+        ranked[e] = rule.correction ? score + corrections[e] : score;
     }
 
     if (groups > 1) {
         __syncthreads();
         const int size = experts / groups;
+#pragma unroll 1
         for (int group = threadIdx.x; group < groups; group += THREADS) {
             float first = -infinity, second = -infinity;
+#pragma unroll 1
             for (int e = group * size; e < (group + 1) * size; e++) {
                 if (ranked[e] > first) second = first, first = ranked[e];
                 else if (ranked[e] > second) second = ranked[e];
@@ -77,39 +109,52 @@ __device__ __forceinline__ void choose(const Rule& rule, float* shared, int* ids
         }
         __syncthreads();
         // A group is kept if fewer than groups_kept others are before it.
+#pragma unroll 1
         for (int e = threadIdx.x; e < experts; e += THREADS) {
             const int own = e / size;
             int ahead = 0;
+#pragma unroll 1
             for (int group = 0; group < groups; group++)
                 ahead += best_two[group] > best_two[own] || (best_two[group] == best_two[own] && group < own);
             if (ahead >= rule.groups_kept) ranked[e] = -infinity;
         }
     }
 
-    for (int e = threadIdx.x; e < experts; e += THREADS) ranked[e] = __uint_as_float(ordered(ranked[e]));
+#pragma unroll 1
+    for (int e = threadIdx.x; e < 4 * quads; e += THREADS)
+        ranked[e] = __uint_as_float(e < experts ? ordered(ranked[e]) : 0);
     __syncthreads();
-    // An expert's place is how many are before it. Two threads count for each.
-    for (int first = 0; first < experts; first += THREADS / 2) {
-        const int e = first + threadIdx.x / 2;
-        const unsigned own = e < experts ? __float_as_uint(ranked[e]) : 0;
+    // An expert's place is how many are before it: of those in front of its own quad, the equal ones, too.
+#pragma unroll 1
+    for (int base = 0; base < experts; base += THREADS / COUNTERS) {
+        const int e = min(base + (int)threadIdx.x / COUNTERS, experts - 1), own_quad = e / 4;
+        const unsigned own = __float_as_uint(ranked[e]);
         int place = 0;
-#pragma unroll 8
-        for (int other = threadIdx.x % 2; other < experts; other += 2)
-            place += __float_as_uint(ranked[other]) > own - (other < e);
-        place += __shfl_xor_sync(~0u, place, 1);
-        if (e < experts && place < rule.top_k && threadIdx.x % 2 == 0) chosen[place] = e;
+#pragma unroll 2
+        for (int q = threadIdx.x % COUNTERS; q < quads; q += COUNTERS) {
+            const uint4 other = reinterpret_cast<const uint4*>(ranked)[q];
+            const unsigned most_behind = own - (q < own_quad);
+            place += (other.x > most_behind) + (other.y > most_behind) + (other.z > most_behind) +
+                     (other.w > most_behind);
+        }
+        if (4 * own_quad + (int)threadIdx.x % COUNTERS < e)
+            place += __float_as_uint(ranked[4 * own_quad + threadIdx.x % COUNTERS]) == own;
+#pragma unroll
+        for (int offset = COUNTERS / 2; offset; offset /= 2) place += __shfl_xor_sync(~0u, place, offset);
+        if (place < rule.top_k) chosen[place] = e;
     }
     __syncthreads();
+    if (threadIdx.x >= 32) return;
     float total = 0.0f;
-    if (rule.normalize && threadIdx.x < rule.top_k)
-        for (int slot = 0; slot < rule.top_k; slot++) total += scores[chosen[slot]];
-    for (int slot = threadIdx.x; slot < rule.top_k; slot += THREADS) {
+#pragma unroll 1
+    for (int slot = threadIdx.x; slot < rule.top_k; slot += 32) total += scores[chosen[slot]];
+    const float scale = rule.normalize ? rule.scaling / (warp_sum(total) + 1e-20f) : rule.scaling;
+#pragma unroll 1
+    for (int slot = threadIdx.x; slot < rule.top_k; slot += 32) {
         const int expert = chosen[slot];
-        float weight = scores[expert];
-        if (rule.normalize) weight /= total + 1e-20f;
-        weight *= rule.scaling;
+        const float weight = scores[expert] * scale;
         ids[slot] = expert;
-        weights[slot] = rule.expert_scale ? weight * rule.expert_scale[expert] : weight;
+        weights[slot] = rule.expert_scale ? weight * expert_scales[expert] : weight;
     }
 }
 
@@ -118,14 +163,17 @@ __device__ __forceinline__ void choose(const Rule& rule, float* shared, int* ids
         float scaling, int groups, int groups_kept
 #define RULE {correction, expert_scale, experts, top_k, sigmoid, normalize, scaling, groups, groups_kept}
 
-// One block per token. logits [T][experts]; ids, weights [T][top_k]. Dynamic shared memory: as `choose` wants it.
+// One block per token. logits [T][experts]; ids, weights [T][top_k]. Dynamic shared memory: `room`.
 extern "C" __global__ void __launch_bounds__(THREADS)
     route(const float* logits, int* ids, float* weights, RULE_PARAMETERS) {
     extern __shared__ __align__(16) float shared[];
     const Rule rule = RULE;
     dependents_may_start();
+    prepare(rule, shared);
     wait_for_predecessor();
-    for (int e = threadIdx.x; e < experts; e += THREADS) shared[e] = logits[(size_t)blockIdx.x * experts + e];
+#pragma unroll 1
+    for (int e = threadIdx.x; e < experts; e += THREADS)
+        logits_in(shared, rule)[e] = logits[(size_t)blockIdx.x * experts + e];
     choose(rule, shared, ids + (size_t)blockIdx.x * top_k, weights + (size_t)blockIdx.x * top_k);
 }
 
@@ -136,72 +184,81 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 // does it (tickets [T], zero before and after). A token's result depends on nothing but its own row. On the way the row
 // is normed as the experts take it: fp16 `normed_rows` [T][K], times factor.
 //
-// Dynamic shared memory, floats: columns [tiles of a part][64], what `partial` has of a token, what `choose` wants.
-// partial, floats: [T] times logits [PARTS * sharers][row_tiles * 16], squares [PARTS].
+// Dynamic shared memory, floats: `room`, then twice the columns [tiles of a part][64], what `partial` has of a
+// token, and twice [experts]. A row tile's tiles are shared by 2^sharing warps.
+// partial, floats: [T] times logits [PARTS << sharing][row_tiles * 16], squares [PARTS].
 extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 2)
-    route_few(const float* x, int K, const float* __restrict__ norm, float eps, const float* __restrict__ experts_norm,
-              float experts_eps, float factor, __half* normed_rows, const unsigned char* __restrict__ tiles,
-              const float* __restrict__ row_scale, const float* __restrict__ bias, int row_tiles, float* partial,
-              int* tickets, int* ids, float* weights, RULE_PARAMETERS) {
-    constexpr int FRAGMENTS = DENSE_K / 16, HELD = 4 / WEIGHT_PLANES;  // HELD: a warp's tiles that are read ahead
+    route_few(const float* x, unsigned K, const float* __restrict__ norm, float eps,
+              const float* __restrict__ experts_norm, float experts_eps, float factor, __half* normed_rows,
+              const unsigned char* __restrict__ tiles, const float* __restrict__ row_scale,
+              const float* __restrict__ bias, int row_tiles, int sharing, float* partial, int* tickets, int* ids,
+              float* weights, RULE_PARAMETERS) {
+    constexpr int FRAGMENTS = DENSE_K / 16, HELD = 2 / WEIGHT_PLANES;  // HELD: a warp's tiles that are read ahead
     extern __shared__ __align__(16) float shared[];
     __shared__ float warp_squares[WARPS];
     const Rule rule = RULE;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int part = blockIdx.x, token = blockIdx.y, k_tiles = (K + DENSE_K - 1) / DENSE_K;
-    const int most = (k_tiles + PARTS - 1) / PARTS, own = max(0, (k_tiles - part + PARTS - 1) / PARTS);
-    const int stride = row_tiles * 16;
-    float *const columns = shared, *const inbox = columns + most * DENSE_K;
-    auto column = [&](int i) { return (part + i / DENSE_K * PARTS) * DENSE_K + i % DENSE_K; };
-    x += (size_t)token * K;
+    const unsigned part = blockIdx.x, token = blockIdx.y, k_tiles = (K + DENSE_K - 1) / DENSE_K;
+    const unsigned most = (k_tiles + PARTS - 1) / PARTS * DENSE_K;  // columns of a part
+    const int own = (k_tiles + PARTS - 1 - part) / PARTS, stride = row_tiles * 16;
+    float *const columns = shared + room(rule), *const gains = columns + most, *const inbox = gains + most;
+    float *const all_squares = inbox + (PARTS << sharing) * stride, *const scales = all_squares + PARTS;
+    float* const biases = scales + experts;
+    auto column = [&](unsigned i) { return (part + i / DENSE_K * PARTS) * DENSE_K + i % DENSE_K; };
+    x += (size_t)token * K, normed_rows += (size_t)token * K;
     dependents_may_start();
 #if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 
-    // `sharers` warps share a row tile's tiles: this one takes j0, j0 + sharers, ... of this part's, of every
-    // (WARPS / sharers)-th row tile.
-    const int sharers = max(1, WARPS / row_tiles), j0 = warp % sharers;
-    int row_tile = warp / sharers;
-    float *const all_squares = inbox + PARTS * sharers * stride, *const scores = all_squares + PARTS;
+    // This warp takes tiles j0, j0 + sharers, ... of this part's, of every (WARPS / sharers)-th row tile.
+    const int sharers = 1 << sharing, j0 = warp & (sharers - 1);
+    int row_tile = warp >> sharing;
     uint4 raw[HELD][WEIGHT_PLANES * FRAGMENTS];
+    auto tile_of = [&](int j) {
+        return tiles + ((size_t)row_tile * k_tiles + part + j * PARTS) * WEIGHT_PLANES * DENSE_PLANE;
+    };
     auto load = [&](uint4 (&to)[WEIGHT_PLANES * FRAGMENTS], int j) {
-        const size_t at = (size_t)row_tile * k_tiles + part + j * PARTS;
-        const unsigned char* tile = tiles + at * WEIGHT_PLANES * DENSE_PLANE;
+        const unsigned char* tile = tile_of(j) + lane * 16;
 #pragma unroll
-        for (int i = 0; i < WEIGHT_PLANES * FRAGMENTS; i++) to[i] = load_once(tile + (i * 32 + lane) * 16);
+        for (int i = 0; i < WEIGHT_PLANES * FRAGMENTS; i++) to[i] = load_once(tile + i * 512);
     };
     auto load_first = [&]() {
+        if (row_tile >= row_tiles) return;
 #pragma unroll
         for (int h = 0; h < HELD; h++)
-            if (row_tile < row_tiles && j0 + h * sharers < own) load(raw[h], j0 + h * sharers);
+            if (j0 + h * sharers < own) load(raw[h], j0 + h * sharers);
+#pragma unroll 1
+        for (int j = j0 + HELD * sharers; j < own; j += sharers)
+            if (lane < WEIGHT_PLANES * DENSE_PLANE / 128) prefetch(tile_of(j) + lane * 128);
     };
     load_first();
-    for (int i = threadIdx.x; i < own * DENSE_K; i += THREADS) {
-        columns[i] = column(i) < K ? norm[column(i)] : 0.0f;
-        if (i % 32 == 0 && column(i) < K) prefetch(experts_norm + column(i));
+#pragma unroll 1
+    for (unsigned i = threadIdx.x; i < own * DENSE_K; i += THREADS) {
+        const bool is_column = column(i) < K;
+        columns[i] = is_column ? norm[column(i)] : 0.0f;
+        gains[i] = is_column ? experts_norm[column(i)] : 0.0f;
     }
-    for (int e = threadIdx.x; e < experts; e += THREADS) {  // for the block that chooses
-        scores[e] = row_scale[e], scores[experts + e] = bias ? bias[e] : 0.0f;
-        if (correction && e % 32 == 0) prefetch(correction + e);
-        if (expert_scale && e % 32 == 0) prefetch(expert_scale + e);
-    }
+    prepare(rule, shared);
+#pragma unroll 1
+    for (int e = threadIdx.x; e < experts; e += THREADS) scales[e] = row_scale[e], biases[e] = bias ? bias[e] : 0.0f;
     wait_for_predecessor();
 
     float squares = 0.0f;
-    for (int i = threadIdx.x; i < own * DENSE_K; i += THREADS) {
+#pragma unroll 1
+    for (unsigned i = threadIdx.x; i < own * DENSE_K; i += THREADS) {
         const float value = column(i) < K ? x[column(i)] : 0.0f;
         columns[i] *= value;
         squares = fmaf(value, value, squares);
     }
-    squares = block_sum<WARPS>(squares, warp_squares);
+    squares = of_block(squares, warp_squares, [](float x, float y) { return x + y; });
 
     float low, high;  // of rows g and g + 8
     auto multiply = [&](const uint4 (&tile)[WEIGHT_PLANES * FRAGMENTS], int j) {
-        const float4* values = reinterpret_cast<const float4*>(columns + j * DENSE_K);
+        const float4* four = reinterpret_cast<const float4*>(columns + j * DENSE_K) + 2 * t;
 #pragma unroll
         for (int i = 0; i < FRAGMENTS; i++) {
-            const float4 v = values[i / 2 * 8 + 2 * t + i % 2];
+            const float4 v = four[i / 2 * 8 + i % 2];
 #pragma unroll
             for (int p = 0; p < WEIGHT_PLANES; p++) {
                 const uint4 w = tile[p * FRAGMENTS + i];
@@ -214,7 +271,8 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 2)
     };
     // What a warp's columns add to its experts' logits.
     auto products = [&](float* parts) {
-        for (; row_tile < row_tiles; row_tile += WARPS / sharers, load_first()) {
+#pragma unroll 1
+        while (row_tile < row_tiles) {
             low = high = 0.0f;
 #pragma unroll 1
             for (int j = j0; j < own;) {
@@ -232,9 +290,10 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 2)
             }
             float* const to = parts + (part * sharers + j0) * stride + row_tile * 16 + g;
             if (t == 0) to[0] = low, to[8] = high;
+            row_tile += WARPS >> sharing;
+            load_first();
         }
     };
-    int first = part, step = PARTS;  // the tiles of columns that this block norms for the experts
 #if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
     auto in_block = [](float* p, int rank) {
@@ -250,9 +309,9 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 2)
     const bool chooses = part == 0;
 #else
     __shared__ int is_last;
-    float* const parts = partial + (size_t)token * (PARTS * sharers * stride + PARTS);
+    float* const parts = partial + (size_t)token * ((PARTS << sharing) * stride + PARTS);
     products(parts);
-    if (threadIdx.x == 0) parts[PARTS * sharers * stride + part] = squares;
+    if (threadIdx.x == 0) parts[(PARTS << sharing) * stride + part] = squares;
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -262,25 +321,32 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 2)
     __syncthreads();
     if (!is_last) return;
     __threadfence();
-    first = 0, step = 1;
     const bool chooses = true;
 #endif
     float total = 0.0f;
 #pragma unroll
-    for (int p = 0; p < PARTS; p++) total += parts[PARTS * sharers * stride + p];
-    const float mean = total / K;
+    for (int p = 0; p < PARTS; p++) total += parts[(PARTS << sharing) * stride + p];
+    const float mean = __fdividef(total, K), scale = factor * rsqrtf(mean + experts_eps);
     if (chooses) {
+        const float inverse = rsqrtf(mean + eps);
+#pragma unroll 1
         for (int e = threadIdx.x; e < experts; e += THREADS) {
+            const float* from = parts + e;
             float sum = 0.0f;
-#pragma unroll 8
-            for (int p = 0; p < PARTS * sharers; p++) sum += parts[p * stride + e];
-            scores[e] = sum * scores[e] / sqrtf(mean + eps) + scores[experts + e];
+#pragma unroll 1
+            for (int sharer = 0; sharer < sharers; sharer++, from += PARTS * stride)
+#pragma unroll
+                for (int p = 0; p < PARTS; p++) sum += from[p * stride];
+            logits_in(shared, rule)[e] = sum * scales[e] * inverse + biases[e];
         }
-        choose(rule, scores, ids + (size_t)token * top_k, weights + (size_t)token * top_k);
+        choose(rule, shared, ids + (size_t)token * top_k, weights + (size_t)token * top_k);
     }
-    const float scale = factor / sqrtf(mean + experts_eps);
-    for (int i = threadIdx.x; i < (k_tiles - first + step - 1) / step * DENSE_K; i += THREADS) {
-        const int k = (first + i / DENSE_K * step) * DENSE_K + i % DENSE_K;
-        if (k < K) normed_rows[(size_t)token * K + k] = __float2half_rn(x[k] * scale * experts_norm[k]);
-    }
+#if __CUDA_ARCH__ >= 900
+#pragma unroll 1
+    for (unsigned i = threadIdx.x; i < own * DENSE_K; i += THREADS)
+        if (column(i) < K) normed_rows[column(i)] = __float2half_rn(x[column(i)] * scale * gains[i]);
+#else
+#pragma unroll 1
+    for (int k = threadIdx.x; k < K; k += THREADS) normed_rows[k] = __float2half_rn(x[k] * scale * experts_norm[k]);
+#endif
 }

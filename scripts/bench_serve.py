@@ -136,7 +136,9 @@ async def beside(port: int, long_prompt: int) -> None:
 
 
 async def run(given: argparse.Namespace, options: list[str]) -> None:
+    started = time.perf_counter()
     async with Program([given.model, *options]) as server:
+        print(f"it listens {time.perf_counter() - started:.2f} s after its start")
         prompt = make_prompt(random.Random(1), 40)
         whole = await server.client.ask(body(prompt, 24, False))
         streamed = await stream(server.client.port, prompt, 24)

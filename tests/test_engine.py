@@ -11,6 +11,7 @@ import pytest
 import fp4rt
 from backends import BACKENDS
 from fp4rt.batch import PAGE_TOKENS
+from fp4rt.loading import different_layers
 
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "llama-modelopt-nvfp4"
 
@@ -167,7 +168,7 @@ def watched(monkeypatch: pytest.MonkeyPatch):
         fetch = type(ops).fetch
         engine.model, ops.lookahead = Counted(), 3
         ops.fetch = lambda array: Watched(engine, fetch(ops, array), engine.steps)
-        engine.prepare()
+        engine.prepare([0])
         assert engine.steps == 0
         yield llm
 
@@ -217,6 +218,55 @@ def test_a_grammar_does_not_hold_up_the_others(watched: fp4rt.LLM):
     assert all(token % 2 for token in sequences[2].generated) and len(sequences[2].generated) == 40
     watched.ops.lookahead = 0
     assert watched.generate(prompts(5, 8)[0], greedy(40))[0].ids == sequences[0].generated
+
+
+@pytest.mark.parametrize("name, kinds", [("llama-modelopt-nvfp4", 1), ("gpt-oss-mxfp4", 2),
+                                         ("gemma4-e2b-modelopt-nvfp4", 4), ("nemotron-h-moe-modelopt-nvfp4", 3)])
+def test_steps_of_all_sizes_are_rehearsed_with_a_layer_of_each_kind(name: str, kinds: int):
+    with fp4rt.load(CHECKPOINT.parent / name, device="reference", max_model_len=256, max_num_seqs=5,
+                    max_num_batched_tokens=50) as llm:
+        ops, engine, run = llm.ops, llm.engine, []
+        ops.lookahead, ops.rehearse = 3, lambda step: step()
+        attention = type(ops).attention
+        ops.attention = lambda qkv, batch, *rest, **options: run.append((*batch.pages.shape[1:], len(
+            batch.tokens))) or attention(ops, qkv, batch, *rest, **options)
+        layers = different_layers(llm.linears, engine.cache.plan.memory)
+        engine.prepare(layers)
+        assert len(layers) == kinds
+        assert {(sequences, tokens) for sequences, _, tokens in run} == {
+            *((2, tokens) for tokens in (16, 32, 48, 64)), *((count, count) for count in range(1, 6))}
+        assert {width for sequences, width, tokens in run if sequences == tokens} == {1, 2, 4}
+        assert engine.cache.empty
+
+
+def test_a_cpu_has_compiled_what_it_needs_before_anybody_waits():
+    with fp4rt.load(CHECKPOINT, device="cpu", max_model_len=256) as llm:
+        expected = llm.generate(prompts(2)[1], greedy(9))
+        ran, attention = [], type(llm.ops).attention
+        llm.ops.attention = lambda qkv, *rest, **options: ran.append(len(qkv)) or attention(
+            llm.ops, qkv, *rest, **options)
+        llm.engine.prepare(different_layers(llm.linears, llm.engine.cache.plan.memory))
+        assert ran == [1, 16]
+        assert llm.generate(prompts(2)[1], greedy(9)) == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama-modelopt-nvfp4", "mixtral-modelopt-nvfp4", "gpt-oss-mxfp4",
+                                  "gemma4-moe-modelopt-nvfp4", "nemotron-h-moe-modelopt-nvfp4"])
+def test_no_kernel_is_loaded_after_preparing(name: str):
+    """Prompts of all lengths, any number at once, beside long contexts."""
+    with fp4rt.load(CHECKPOINT.parent / name, device="cuda", max_model_len=1024, kv_tokens=8192) as llm:
+        llm.engine.prepare(different_layers(llm.linears, llm.engine.cache.plan.memory))
+        loaded = set(llm.ops.gpu.modules)
+        rng = np.random.default_rng(8)
+        for count in (1, 2, 3, 5, 9, 20, 40):
+            lengths = [900, 400, *rng.integers(1, 150, 40)][:count] if count % 2 else rng.integers(1, 60, count)
+            asked = [rng.integers(0, 300, length).tolist() for length in lengths]
+            for sequence in (sequences := [llm.sequence(ids, greedy(6)) for ids in asked])[::3]:
+                sequence.top_logprobs = 5
+            for _ in llm.engine.run(sequences):
+                pass
+        assert set(llm.ops.gpu.modules) == loaded
 
 
 @pytest.mark.gpu

@@ -246,6 +246,16 @@ def test_metrics_count(server: Running):
     for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prefix_cache_hits_total",
                  "prefix_cache_queries_total", "num_preemptions_total", "e2e_request_latency_seconds_sum"):
         assert f"fp4rt:{name}{label}" in after
+    assert after["process_cpu_seconds_total[]"] > before["process_cpu_seconds_total[]"]
+
+
+def test_metrics_count_guesses():
+    with serving("demo", device="cpu", max_model_len=256, speculate=3) as server:
+        server.post(TEXT, prompt="a b c d " * 8, max_tokens=30, ignore_eos=True, temperature=0)
+        text = server.ask("GET", "/metrics")[2].decode()
+        drafted, accepted = (float(re.search(rf"fp4rt:spec_decode_num_{kind}_tokens_total{{.*}} (.*)", text)[1])
+                             for kind in ("draft", "accepted"))
+        assert 0 < accepted <= drafted
 
 
 # -- Mistakes -------------------------------------------------------------------------------------------------------

@@ -56,6 +56,27 @@ def test_answers_are_those_without_speculation(name: str, backend: str):
         assert 0 < scheduler.accepted < scheduler.drafted
 
 
+@pytest.mark.parametrize("most", [3, 7])
+def test_steps_with_guesses_are_recorded(most: int):
+    """As on a GPU: one sequence, whose guesses fill a step or leave some of it, and several, with log-probabilities."""
+    few = {i: 100.0 for i in range(70, 73)}
+    sampling = fp4rt.Sampling(temperature=0, max_tokens=50, ignore_eos=True, logit_bias=few)
+    prompts = [[5, 6, 7], [70, 71] * 40, [9] * 130, [70, 72, 71] * 5, [3, 70]]
+    with load("llama-modelopt-nvfp4", "reference") as llm:
+        expected = [llm.generate(prompt, sampling)[0].ids for prompt in prompts]
+    with load("llama-modelopt-nvfp4", "reference", speculate=most) as llm:
+        llm.ops.lookahead = 3
+        for count in (1, 1, 3, 5, 4):
+            sequences = [llm.sequence(list(prompt), sampling) for prompt in prompts[:count]]
+            sequences[-1].top_logprobs = 2 if count == 3 else None
+            for _ in llm.engine.run(sequences):
+                pass
+            assert [one.generated for one in sequences] == expected[:count]
+        recorded = {sizes for sizes, step in llm.engine._recorded.items() if step is not None and sizes.guessed}
+        assert {sizes.sequences for sizes in recorded} >= {1 if most == 7 else 2, 4} and llm.engine.cache.empty
+        assert any(sizes.told for sizes in recorded)
+
+
 @pytest.mark.parametrize("most", [1, 32])
 def test_right_guesses_save_steps_and_the_end_is_kept(most: int):
     """A text of few tokens, which repeats itself: the answer ends where it must, in fewer steps than it has tokens."""

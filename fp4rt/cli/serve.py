@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,8 @@ def command(model: str, host: str, port: int, keys: tuple[str, ...], api_key_fil
     with fp4rt.AsyncLLM(llm, max_queue=max_queue) as served:
         app, service = make_app(served, served_model_name or model, found, own_hosts=local and not found)
         log_to_stderr()
+        gc.collect()
+        gc.freeze()  # what is loaded stays: looking through it, as a full collection does, stops everyone for 30 ms
         address, number = sock.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence as SequenceOf
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 from fp4rt.batch import PAGE_TOKENS
 from fp4rt.cache import Cache
 from fp4rt.engine.recorded import Recorded, Sizes, make_batch
+from fp4rt.engine.rehearsal import rehearse
 from fp4rt.engine.scheduler import LOGITS_ROWS, Scheduler, Step, most_rows
 from fp4rt.engine.sequence import Sequence, TokenLogprobs
 from fp4rt.errors import Fp4rtError
@@ -25,6 +26,7 @@ UNGUESSED = 4        # of them where nothing could be guessed, before the host l
 LARGE = 256          # tokens of a step that takes so long that beginning the next one before it ends would gain nothing
 SMALL = 512          # tokens of a step that the host takes longer to launch than the device to compute: it is recorded
 ROUND = 64           # so many tokens more than the next smaller one, unless it only decodes
+ROUND_GUESSES = 8    # or has guesses, each of which has its row of logits
 RECORDED = 48        # recorded steps that are kept
 SHORTEST_TABLE = 16  # pages of a sequence that a step is recorded for at least
 
@@ -74,12 +76,14 @@ class Engine:
     def busy(self) -> bool:
         return bool(self._arrivals or self._scores or self.scheduler.busy)
 
-    def prepare(self) -> None:
-        """Record the steps in which any number of short sequences decode, so that nobody has to wait for it later."""
-        if not self.ops.lookahead:
-            return
+    def prepare(self, layers: SequenceOf[int]) -> None:
+        """Get steps of all sizes ready, and record those in which any number of short sequences decode, so that nobody
+        has to wait for it later. layers: those of the model that differ."""
         nobody = Sequence([0], Sampling().resolve({}), 0, frozenset(), 2)
         nobody.held.pages = [[0] for _ in self.cache.plan.windows]
+        rehearse(self, nobody, layers)
+        if not self.ops.lookahead:
+            return
         for power in range(self.scheduler.max_sequences.bit_length() + 1):
             size = min(1 << power, self.scheduler.max_sequences)
             self._record(Sizes(size, SHORTEST_TABLE, size, False), [(nobody, 1)], [None])
@@ -217,15 +221,19 @@ class Engine:
         if not exact:
             width = _power_of_two(max(width, SHORTEST_TABLE))
         told = any(sequence is not None and sequence.top_logprobs is not None for sequence in drawing)
-        if all(sequence.decoding and not sequence.drafts for sequence, _ in step):
+        decoding, guessed = all(s.decoding for s, _ in step), any(s.drafts for s, _ in step)
+        if decoding and not guessed:
             size = count if exact else min(_power_of_two(count), self.scheduler.max_sequences)
             sizes = Sizes(size, width, size, told)
         else:
             size = min(_power_of_two(count + 1), self.scheduler.max_sequences + 1)  # one takes what tokens are left
-            tokens = -(-(tokens + size - count) // ROUND) * ROUND
-            if exact or tokens > min(self.small, self.scheduler.step_tokens) or any(s.drafts for s, _ in step):
+            most, unit = (LOGITS_ROWS, ROUND_GUESSES) if guessed else (self.small, ROUND)
+            if guessed and tokens % unit == 0 and count == _power_of_two(count):
+                size = count  # none are left
+            tokens = -(-(tokens + size - count) // unit) * unit
+            if exact or tokens > min(most, self.scheduler.step_tokens) or guessed and not decoding:
                 return None
-            sizes = Sizes(size, width, tokens, told)
+            sizes = Sizes(size, width, tokens, told, guessed)
             if sizes not in self._recorded:
                 self._keep(sizes, None)
                 return None

@@ -49,16 +49,18 @@ def make_batch(step: Step, rows: list[int] | None = None, size: int | None = Non
 
 
 class Sizes(NamedTuple):
-    """What a recorded step has room for: sequences, pages of each, tokens in all; told: with log-probabilities."""
+    """What a recorded step has room for: sequences, pages of each, tokens in all; told: with log-probabilities;
+    guessed: it draws after every token."""
 
     sequences: int
     pages: int
     tokens: int
     told: bool
+    guessed: bool = False
 
 
 class Recorded:
-    """A recorded step that draws after each sequence's last token; one that decodes feeds itself its own tokens.
+    """A recorded step that draws after each sequence's last token, or every one; one that decodes feeds itself.
 
     `replay` launches it once more: the drawn ids and, if `told`, their log-probabilities as Ops.logprobs gives them.
     """
@@ -78,4 +80,5 @@ class Recorded:
         self.replay = ops.record(run)
 
     def refill(self, step: Step, drawing: list[Sequence | None]) -> None:
-        self._batch = self._engine.put(step, drawing, None, self._sizes[:3], self._batch)
+        rows = list(range(self._sizes.tokens)) if self._sizes.guessed else None
+        self._batch = self._engine.put(step, drawing, rows, self._sizes[:3], self._batch)

@@ -355,6 +355,9 @@ class Ops(Protocol):
     def reserve(self, step: Callable[[], object]) -> int:
         """Size the scratch memory for `step` (the largest one that will ever run) without running it: bytes."""
 
+    def rehearse(self, step: Callable[[], object]) -> None:
+        """Compile and load what `step` runs, so that nobody waits for it later; it may be run, on pages of nobody's."""
+
     def synchronize(self) -> None:
         """Wait until everything asked for is done."""
 

@@ -480,6 +480,9 @@ class ReferenceOps:
     def reserve(self, step: Callable[[], object]) -> int:
         return 0
 
+    def rehearse(self, step: Callable[[], object]) -> None:
+        pass
+
     def synchronize(self) -> None:
         pass
 

@@ -62,7 +62,8 @@ def understood(error: Exception) -> ApiError | None:
     if isinstance(error, Fp4rtError):
         return from_fp4rt(error)
     if isinstance(error, HTTPException):  # starlette's 404 and 405
-        message = {404: "no such path", 405: "this path takes another method"}.get(error.status_code, error.detail)
+        message = {404: "no such path; /openapi.json tells which there are",
+                   405: "this path takes another method"}.get(error.status_code, error.detail)
         return ApiError(error.status_code, message, headers=dict(error.headers or {}))
     return error if isinstance(error, ApiError) else None
 

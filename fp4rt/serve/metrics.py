@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from fp4rt.async_llm import AsyncLLM, Delta, Request
@@ -33,6 +33,7 @@ class Metrics:
         self.responses = Counter("fp4rt:http_responses", "Responses by path and status.", ["path", "status"],
                                  registry=self.registry)
         self.registry.register(self)
+        ProcessCollector(registry=self.registry)  # memory, processor time and open files, under their usual names
 
     async def watch(self, request: Request) -> AsyncIterator[Delta]:
         """The request's deltas, counted as they come."""
@@ -62,6 +63,9 @@ class Metrics:
                  stats.kv_pages_in_use / max(1, stats.kv_pages)),
                 (CounterMetricFamily, "prefix_cache_queries", "Prompt tokens looked up.", stats.prefix_tokens_asked),
                 (CounterMetricFamily, "prefix_cache_hits", "Prompt tokens found.", stats.prefix_tokens_found),
+                (CounterMetricFamily, "spec_decode_num_draft_tokens", "Tokens guessed.", stats.drafted_tokens),
+                (CounterMetricFamily, "spec_decode_num_accepted_tokens", "Guesses that were right.",
+                 stats.accepted_tokens),
                 (CounterMetricFamily, "num_preemptions", "Requests set back to be computed again.", stats.preemptions),
                 (CounterMetricFamily, "prompt_tokens", "Prompt tokens taken in.", stats.prompt_tokens),
                 (CounterMetricFamily, "generation_tokens", "Tokens generated.", stats.generated_tokens)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,6 +108,9 @@ class CpuOps(ReferenceOps):
             "the CPU kernels are compiled in the first step, this once: about 10 seconds")
         self._scratch: dict[str, np.ndarray] = {}
         self._views: dict[tuple[str, tuple[int, ...]], np.ndarray] = {}  # of the scratch, by name and shape
+
+    def rehearse(self, step: Callable[[], object]) -> None:
+        step()
 
     # -- At load ------------------------------------------------------------------------------------------------
 

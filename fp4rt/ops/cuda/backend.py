@@ -16,7 +16,7 @@ from fp4rt.errors import Fp4rtError
 from fp4rt.formats import Weight
 from fp4rt.ops import AttentionShape, MambaShape, Routing, SamplerRow
 from fp4rt.ops.cuda import (attention, batch, embedding, experts, linear, logprobs, mamba, merge, per_layer, rms_norm,
-                            route, sample)
+                            route, sample, warpgroup)
 from fp4rt.ops.cuda.activation import Activation
 from fp4rt.ops.cuda.device import Device, Fetched
 
@@ -68,7 +68,7 @@ class CudaOps:
         stems = {linear.choose_layout(part)[0].stem for part in parts} - self._prepared[module]
         self._prepared[module] |= stems
         for stem, defines, _ in module.variants(self.gpu.capability) if stems else ():
-            if stem in stems:
+            if stem in stems and not warpgroup.replaces(self.gpu, defines):
                 self.gpu.prepare(stem, defines)
 
     def norm_weight(self, weight: np.ndarray, eps: float) -> rms_norm.Norm:
@@ -242,6 +242,9 @@ class CudaOps:
                                        "free GPU memory")
         self.gpu.reserve(nbytes)
         return nbytes
+
+    def rehearse(self, step: Callable[[], object]) -> None:
+        self.gpu.rehearse(step)
 
     def synchronize(self) -> None:
         self.gpu.synchronize()

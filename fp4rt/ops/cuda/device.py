@@ -66,9 +66,10 @@ class Device:
         self.memory = Arena(self.budget, "the model", slabs=True)
         self._scratch = Arena(self.budget, "one step's work")
         self._handed_over: dict[int, cupy.ndarray] = {}
-        self._modules: dict[tuple, Any] = {}
+        self.modules: dict[tuple, Any] = {}  # by stem and defines
         self._kernels: dict[tuple, Kernel] = {}
         self._clusters: dict[tuple[int, int], int] = {}
+        self.chosen: dict[tuple, Any] = {}  # variants by what they were chosen for: choosing takes longer than launching
         self._compiler: ThreadPoolExecutor | None = None
         self._compiling: dict[tuple, Future[Binary]] = {}
         self._rehearsed: list[tuple[str, str, dict[str, int]]] = []
@@ -103,14 +104,14 @@ class Device:
     def prepare(self, stem: str, defines: dict[str, int]) -> None:
         """Begin to compile (or to read from the disk cache) what `kernel` will be asked for, in another thread."""
         key = (stem, *sorted(defines.items()))
-        if key not in self._modules and key not in self._compiling:
+        if key not in self.modules and key not in self._compiling:
             if self._compiler is None:
                 self._compiler = ThreadPoolExecutor(min(_COMPILE_THREADS, os.cpu_count() or 1), "fp4rt-compile")
             self._compiling[key] = self._compiler.submit(compile_kernel, stem, self._code, defines)
 
     def _module(self, stem: str, defines: dict[str, int]) -> Any:
         key = (stem, *sorted(defines.items()))
-        if key not in self._modules:
+        if key not in self.modules:
             module = cupy.cuda.function.Module()
             started = self._compiling.pop(key, None)
             binary = started.result() if started else compile_kernel(stem, self._code, defines)
@@ -119,8 +120,8 @@ class Device:
             except cupy.cuda.driver.CUDADriverError as error:
                 raise Fp4rtError("device", f"{self.name} cannot load kernels/{stem}.cu for {self._code}: {error}; "
                                            "update the NVIDIA driver") from None
-            self._modules[key] = module
-        return self._modules[key]
+            self.modules[key] = module
+        return self.modules[key]
 
     def clusters(self, size: int, shared: int) -> int:
         """Clusters of `size` blocks that run at once where shared memory (bytes of a block) is what limits them: fewer
@@ -235,7 +236,7 @@ class Device:
             if self._compiler is not None:
                 self._compiler.shutdown(wait=False, cancel_futures=True)
             self._kernels.clear()
-            self._modules.clear()
+            self.modules.clear()
             self._compiling.clear()
             self._handed_over.clear()
             self._scratch.close()

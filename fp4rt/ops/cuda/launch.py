@@ -42,12 +42,16 @@ class Driver:
     """The few driver calls fp4rt makes itself; a failing one raises Fp4rtError("device")."""
 
     def __init__(self) -> None:
-        self._library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-        self.launch = self._library.cuLaunchKernelEx
+        name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+        self._library = ctypes.CDLL(name)
+        # These take microseconds, and a step makes hundreds of them: they keep the GIL, which they would else have to
+        # get back each time from a thread that is busy, such as a server's.
+        quick = ctypes.PyDLL(name)
+        self.launch = quick.cuLaunchKernelEx
         self.launch.argtypes = [ctypes.POINTER(_Config), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
-        self.push = self._library.cuCtxPushCurrent_v2
+        self.push = quick.cuCtxPushCurrent_v2
         self.push.argtypes = [ctypes.c_void_p]
-        self.pop = self._library.cuCtxPopCurrent_v2
+        self.pop = quick.cuCtxPopCurrent_v2
         self.pop.argtypes = [ctypes.POINTER(ctypes.c_void_p)]
 
     def check(self, status: int, what: str) -> None:

@@ -225,7 +225,7 @@ def _launch(device: Device, x: Activation | Normed, group: Packed, out: cupy.nda
     if by_warpgroups and isinstance(x, Normed) and group.prescale is None and k % warpgroup.WHOLE == 0:
         ordered = x.ordered(device, group.layout.interleaved)
         x = Activation(None, x.exponent, x.row_length(), x.row_length(), ordered=ordered)
-    if isinstance(x, Normed) and (tokens > FUSED_NORM_TOKENS or group.prescale is not None
+    if isinstance(x, Normed) and (tokens > FUSED_NORM_TOKENS or group.prescale is not None or k % 8
                                   or few_plan(group.layout, device.shared_limit, tokens, k).parts > 1):
         x = x.computed(device)
     if group.prescale is not None:
@@ -279,8 +279,8 @@ def _handed_over(device: Device, group: Packed, tokens: int) -> cupy.ndarray | N
 
 @dataclass(frozen=True)
 class FewPlan:
-    """How the few-token kernel takes so many tokens: how the columns are divided and into how many parts; its dynamic
-    shared bytes."""
+    """How the few-token kernel takes so many tokens: into how many parts the columns are divided, who takes them (enum
+    Division in kernels/linear_few.cuh), its dynamic shared bytes."""
 
     division: int
     parts: int

@@ -14,7 +14,7 @@ from fp4rt.ops.cuda.activation import Activation, exponent_for
 from fp4rt.ops.cuda.batch import DeviceBatch
 from fp4rt.ops.cuda.device import Device
 
-_THREADS, _LANES, _CONVOLVE_TOKENS, _MAX_STATE = 128, 8, 8, 256  # as in kernels/mamba.cu
+_THREADS, _NORM_THREADS, _LANES, _CONVOLVE_TOKENS, _MAX_STATE = 128, 512, 8, 8, 256  # as in kernels/mamba.cu
 _COMMON_SIZES = ((16, 4), (32, 4), (64, 4), (128, 2), (128, 4), (256, 4))
 
 
@@ -89,14 +89,15 @@ def mamba(device: Device, projected: Activation, batch: DeviceBatch, state: Stat
     y = device.scratch((tokens, shape.inner), np.float32)
     block_rows = _THREADS // _LANES * (1 if shape.state_size > 128 else 2)
     device.kernel("mamba", "scan_one" if convolved is None else "scan_many", **defines)(
-        (shape.num_heads * -(-shape.head_dim // block_rows), sequences), _THREADS, projected.data, convolved,
-        batch.starts, batch.positions, batch.slots, shape.num_heads, shape.head_dim, shape.num_groups, weight.conv,
-        weight.conv_bias, weight.A, weight.D, weight.dt_bias, factor, state.recent, state.ssm, y, pdl=True)
+        (-(-shape.head_dim // block_rows), shape.num_heads, sequences), _THREADS, projected.data, convolved,
+        batch.starts, batch.positions, batch.slots, shape.num_heads, shape.head_dim, shape.num_groups,
+        shape.num_heads // shape.num_groups, weight.conv, weight.conv_bias, weight.A, weight.D, weight.dt_bias, factor,
+        state.recent, state.ssm, y, pdl=True)
     size = shape.inner // shape.num_groups
     bound = math.sqrt(size) * weight.largest
     exponent = exponent_for(bound)
     out = device.scratch((tokens, shape.inner), np.float16)
     device.kernel("mamba", "gated_norm", **defines)(
-        (tokens, shape.num_groups), _THREADS, y, projected.data, shape.input_width, factor, batch.starts, sequences,
-        size, weight.norm, weight.eps, math.ldexp(1.0, -exponent), out, pdl=True)
+        (tokens, shape.num_groups), min(_NORM_THREADS, -(-size // 128) * 32), y, projected.data, shape.input_width,
+        factor, batch.starts, sequences, size, weight.norm, weight.eps, math.ldexp(1.0, -exponent), out, pdl=True)
     return Activation(out, exponent, bound, math.sqrt(shape.inner) * weight.largest)

@@ -16,7 +16,13 @@ _THREADS = 512  # as in kernels/merge.cu
 
 def variants(capability: int) -> list[tuple[str, dict[str, int], int]]:
     """Every (stem, defines, dynamic shared bytes) that this module may launch on an architecture."""
-    return [("merge", {"VECTORS": vectors}, 0) for vectors in (1, 2, 3)]
+    return [("merge", _defines(d), 0) for d in (2048, 4096, 6144, 511)]
+
+
+def _defines(d: int) -> dict[str, int]:
+    """How a block's threads share out a row; one of no multiple of four numbers is not aligned to 16 bytes."""
+    width = 1 if d % 4 else 4
+    return {"VECTORS": -(-d // (width * _THREADS)), "WIDTH": width}
 
 
 def merge(device: Device, residual: cupy.ndarray, branches: Sequence[tuple[Activation | cupy.ndarray, Norm | None]],
@@ -24,7 +30,7 @@ def merge(device: Device, residual: cupy.ndarray, branches: Sequence[tuple[Activ
     """Ops.merge in place, of one or two branches, each an activation or float32 [T, d]."""
     first, second = branches if len(branches) == 2 else (*branches, (None, None))
     tokens, d = residual.shape
-    device.kernel("merge", "merge", VECTORS=-(-d // (4 * _THREADS)))(
+    device.kernel("merge", "merge", **_defines(d))(
         tokens, _THREADS, residual, *_branch(*first), *_branch(*second), *_norm(norm), float(scale), d, pdl=True)
     return residual
 

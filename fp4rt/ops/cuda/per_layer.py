@@ -18,7 +18,7 @@ from fp4rt.ops.cuda.embedding import FORMATS
 from fp4rt.ops.cuda.linear import CudaLinear, linear
 from fp4rt.ops.cuda.rms_norm import Norm, unit_rows
 
-_THREADS = 128  # as in kernels/per_layer.cu
+_THREADS = 256  # as in kernels/per_layer.cu
 _PIECE, _COPY_THREADS = 16 << 20, 4
 
 

@@ -18,12 +18,12 @@ _TINY = 1e-30  # mean square of a row of zeros
 
 def variants(capability: int) -> list[tuple[str, dict[str, int], int]]:
     """Every (stem, defines, dynamic shared bytes) that this module may launch on an architecture."""
-    return [("rms_norm", _defines(SHARED_LIMIT[capability]), 0)]
+    return [("rms_norm", _defines(SHARED_LIMIT[capability], ordered), 0) for ordered in (False, True)]
 
 
-def _defines(shared_limit: int) -> dict[str, int]:
+def _defines(shared_limit: int, ordered: bool) -> dict[str, int]:
     """As many threads as a block of the few-token linears, which may do this themselves, with the same bits."""
-    return {"THREADS": 32 * few_warps(shared_limit)}
+    return {"THREADS": 32 * few_warps(shared_limit), "ORDERED": int(ordered)}
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def unit_rows(device: Device, x: cupy.ndarray) -> Activation:
 
 def _launch(device: Device, x: cupy.ndarray, weight: cupy.ndarray | None, y: cupy.ndarray, eps: float, factor: float,
             rows: cupy.ndarray | None, ordered: Ordered | None = None) -> None:
-    defines = _defines(device.shared_limit)
+    defines = _defines(device.shared_limit, ordered is not None)
     device.kernel("rms_norm", "rms_norm", **defines)(x.shape[0], defines["THREADS"], x, weight, y, x.shape[1], eps,
                                                      factor, rows, ordered.padded if ordered else 0,
                                                      int(ordered is not None and ordered.interleaved), pdl=True)

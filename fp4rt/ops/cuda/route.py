@@ -19,7 +19,7 @@ from fp4rt.ops.cuda.tiles import FEW_TOKENS, Packed
 
 _MOST_EXPERTS = 4096                # whose scores fit shared memory everywhere
 _FEW_SHARED = 60 << 10              # bytes of it that a block of `route_few` may have, everywhere
-_PARTS, _THREADS = 8, 256           # blocks of `route_few` for a token; of any block, as in kernels/route.cu
+_PARTS, _THREADS = 8, 512           # blocks of `route_few` for a token; of any block, as in kernels/route.cu
 
 
 def variants(capability: int) -> list[tuple[str, dict[str, int], int]]:
@@ -101,20 +101,26 @@ def _few(device: Device, x: Normed, packed: Packed, norm: Norm, ids: cupy.ndarra
         partial = None if device.has_pdl else device.scratch((tokens, _partial(packed)), np.float32)
         kernel((_PARTS, tokens), _THREADS, given, k, norm.weight, norm.eps, x.norm.weight, x.norm.eps,
                math.ldexp(1.0, -x.exponent), y.data[rows], packed.tiles, packed.row_scale, packed.bias,
-               packed.row_tiles, partial, packed.tickets, ids[rows], weights[rows], *rule, shared=shared, pdl=True)
+               packed.row_tiles, _sharing(packed), partial, packed.tickets, ids[rows], weights[rows], *rule,
+               shared=shared, pdl=True)
+
+
+def _sharing(packed: Packed) -> int:
+    """The logarithm to base 2 of how many warps share a row tile."""
+    return max(1, _THREADS // 32 // packed.row_tiles).bit_length() - 1
 
 
 def _partial(packed: Packed) -> int:
     """Floats of a token's parts: logits for each of the warps that share a row tile, and squares."""
-    return _PARTS * (max(1, _THREADS // 32 // packed.row_tiles) * packed.row_tiles * 16 + 1)
+    return _PARTS * ((packed.row_tiles * 16 << _sharing(packed)) + 1)
 
 
 def _few_shared(packed: Packed, routing: Routing) -> int:
-    """A part's columns, all parts, and what a choice takes: 4 bytes each."""
+    """What a choice takes, a part's columns twice, all parts, and two numbers of each expert: 4 bytes each."""
     tiles = -(-packed.in_features // (packed.layout.tile_k * _PARTS))
-    return 4 * (tiles * packed.layout.tile_k + _partial(packed)) + _shared(routing)
+    return _shared(routing) + 4 * (2 * tiles * packed.layout.tile_k + _partial(packed) + 2 * routing.num_experts)
 
 
 def _shared(routing: Routing) -> int:
-    """Scores, ranks, groups and the chosen: 4 bytes each."""
-    return 4 * (2 * routing.num_experts + routing.groups + routing.top_k)
+    """Four numbers of each expert, groups and the chosen: 4 bytes each, in whole quads."""
+    return (4 * routing.num_experts + 3 + routing.groups + routing.top_k + 3) // 4 * 16

@@ -82,13 +82,18 @@ VARIANTS = (*(Warpgroups(256, 128, split, 1.35, 1.35) for split in (1, 2, 4)),
               for split in _SPLITS))
 
 
+def replaces(device: Device, defines: dict[str, int]) -> bool:
+    """Whether these products run where the many-token kernel with these constants would."""
+    return "MANY_STAGES" in defines and device.arch == "sm_90a" and _runs(defines)
+
+
 def runs(device: Device, layout: Layout) -> bool:
     """Sums per scale block would need a second set of accumulators, and a second plane a second set of weights."""
-    return device.arch == "sm_90a" and _runs(layout)
+    return device.arch == "sm_90a" and _runs(layout.defines)
 
 
-def _runs(layout: Layout) -> bool:
-    return not layout.defines.get("BLOCK_SCALES") and layout.defines.get("WEIGHT_PLANES", 1) == 1
+def _runs(defines: dict[str, int]) -> bool:
+    return not defines.get("BLOCK_SCALES") and defines.get("WEIGHT_PLANES", 1) == 1
 
 
 def variants(capability: int) -> list[tuple[str, dict[str, int], int]]:
@@ -98,15 +103,18 @@ def variants(capability: int) -> list[tuple[str, dict[str, int], int]]:
     if capability != 90:
         return []
     return [("order", {}, 0), *((layout.stem, {**experts, **variant.defines(layout)}, variant.shared_bytes(layout))
-                                for layout in LAYOUTS if _runs(layout) for variant in VARIANTS
+                                for layout in LAYOUTS if _runs(layout.defines) for variant in VARIANTS
                                 for experts in ({}, _EXPERTS) if variant.split == 1 or not experts)]
 
 
 def choose(device: Device, group: Packed, tokens: int) -> Warpgroups:
     """The variant that is done first. Each cluster's block needs columns of its own."""
-    k_tiles = -(-group.in_features // group.layout.tile_k)
-    return min((variant for variant in VARIANTS if variant.split <= k_tiles),
-               key=lambda variant: variant.time(device, group, -(-tokens // variant.tokens)))
+    key = group.layout, group.row_tiles, group.in_features, tokens
+    if key not in device.chosen:
+        k_tiles = -(-group.in_features // group.layout.tile_k)
+        device.chosen[key] = min((variant for variant in VARIANTS if variant.split <= k_tiles),
+                                 key=lambda variant: variant.time(device, group, -(-tokens // variant.tokens)))
+    return device.chosen[key]
 
 
 def choose_grouped(device: Device, up: Packed, down: Packed, pairs: int) -> tuple[Warpgroups, Warpgroups]:

@@ -15,7 +15,9 @@ from fp4rt.errors import Fp4rtError
 from fp4rt.ops import AttentionShape, MambaShape, Ops
 
 MAX_SEQUENCES = 64     # that run in one step
-SLOTS_BYTES = 1 << 30  # of recurrent state, at most (but 8 sequences always fit)
+SLOTS_BYTES = 1 << 30  # of recurrent state, at most (but 8 sequences always fit), and of its snapshots (but 2)
+MAX_SNAPSHOTS = 16     # of recurrent state
+SNAPSHOT_TOKENS = 512  # that a snapshot saves over the one before it, at least: a step has to end where it is taken
 
 Memory = AttentionShape | MambaShape | None  # what one layer remembers
 
@@ -42,13 +44,14 @@ class Remembered:
 
     Entry i of a list holds tokens 64 i to 64 i + 63; pages that no query can see any more are 0, which is nobody's.
     digests: what identifies each whole page's tokens and all before them; the first `published` of them can be found
-    by other sequences.
+    by other sequences. snapshots: after how many tokens a copy of the slot is to be kept.
     """
 
     pages: list[list[int]] = field(default_factory=list)
     slot: int = 0
     digests: list[bytes] = field(default_factory=list)
     published: int = 0
+    snapshots: list[int] = field(default_factory=list)
 
     def identify(self, ids: Sequence[int], salt: str) -> None:
         """Bring `digests` up to date with ids, which may only have grown."""
@@ -75,6 +78,11 @@ class Plan:
         if self._max_sequences:
             return self._max_sequences
         return min(MAX_SEQUENCES, max(8, SLOTS_BYTES // self.slot_bytes)) if self.slot_bytes else MAX_SEQUENCES
+
+    @property
+    def snapshots(self) -> int:
+        """How many recurrent states are kept for prompts that begin alike, unless another number is asked for."""
+        return min(MAX_SNAPSHOTS, max(2, SLOTS_BYTES // self.slot_bytes)) if self.slot_bytes else 0
 
     def group(self, shape: AttentionShape) -> int:
         return self.windows.index(shape.window)
@@ -143,35 +151,75 @@ class _Pages:
             self.free.append(page)
 
     def publish(self, page: int, digest: bytes) -> None:
-        """Let others find what is in a page, unless another page with the same is known."""
-        if digest not in self.found and page not in self.digest:
-            self.found[digest] = page
-            self.digest[page] = digest
+        """Let others find what is in a page, unless another page with the same is known and somebody holds it."""
+        known = self.found.get(digest)
+        if page in self.digest or known is not None and known not in self.idle:
+            return
+        if known is not None:  # it would soon make room, and leave a hole in the text
+            del self.idle[known], self.digest[known]
+            self.free.append(known)
+        self.found[digest] = page
+        self.digest[page] = digest
+
+
+class _Snapshots:
+    """Copies of recurrent state in slots of their own: each of a known text that ends with a page, as its pages are.
+
+    The one that was used longest ago makes room for the next. seen: how the newest prompts began, page by page: where
+    one leaves what came before it, others may, too.
+    """
+
+    def __init__(self, slots: range, most_seen: int):
+        self.free, self.most_seen = list(slots), most_seen
+        self.found: OrderedDict[bytes, int] = OrderedDict()
+        self.seen: OrderedDict[bytes, None] = OrderedDict()
+
+    def use(self, digest: bytes) -> int:
+        """The slot of a snapshot that is there."""
+        self.found.move_to_end(digest)
+        return self.found[digest]
+
+    def place(self, digest: bytes) -> int:
+        """A slot for a new one."""
+        self.found[digest] = slot = self.free.pop() if self.free else self.found.popitem(last=False)[1]
+        return slot
+
+    def note(self, digests: Sequence[bytes]) -> None:
+        """Remember that a prompt began so; beginnings stay longest."""
+        for digest in reversed(digests):
+            self.seen[digest] = None
+            self.seen.move_to_end(digest)
+        while len(self.seen) > self.most_seen:
+            self.seen.popitem(last=False)
 
 
 class Cache:
     """Pages and slots as planned; number 0 is never handed out and serves padded rows.
 
-    prefix_caching: whole pages are found again by what they hold (as vLLM does; Kwon et al. 2023), where everything
-    that a model remembers lies in pages: a recurrent state cannot go back to an earlier token.
+    prefix_caching: whole pages are found again by what they hold (as vLLM does; Kwon et al. 2023). A recurrent state
+    cannot go back to an earlier token, so where a model has one a text is found only up to where a snapshot of it was
+    taken: after the last whole page of a prompt, and where a prompt leaves what was seen before. snapshots: how many
+    are kept, in slots beside those of the sequences.
     """
 
-    def __init__(self, plan: Plan, pages: Sequence[int], slots: int, prefix_caching: bool = True):
+    def __init__(self, plan: Plan, pages: Sequence[int], slots: int, prefix_caching: bool = True, snapshots: int = 0):
         self.plan = plan
         self.layers: list[Any] = []
         for shape in plan.memory:
             if isinstance(shape, MambaShape):
-                self.layers.append(plan.ops.mamba_state(shape, slots + 1))
+                self.layers.append(plan.ops.mamba_state(shape, slots + snapshots + 1))
             elif shape is None or shape.shares is not None:
                 self.layers.append(shape and self.layers[shape.shares])
             else:
                 group = plan.group(shape)
                 self.layers.append(plan.ops.kv_pages(shape, pages[group] + 1, group))
         self.rewindable = plan.slot_bytes == 0
-        self.prefix_caching = prefix_caching and self.rewindable
-        self.num_pages, self.nbytes = list(pages), plan.nbytes(pages, slots)
+        self.prefix_caching = prefix_caching and (self.rewindable or snapshots > 0)
+        self.num_pages, self.nbytes = list(pages), plan.nbytes(pages, slots + snapshots)
+        self.num_slots, self.num_snapshots, self.snapshot_tokens = slots, snapshots, SNAPSHOT_TOKENS
         self._groups = [_Pages(n) for n in pages]
         self._free_slots = list(range(slots, 0, -1))
+        self._snapshots = _Snapshots(range(slots + snapshots, slots, -1), pages[0])
 
     @property
     def tokens(self) -> int:
@@ -223,7 +271,7 @@ class Cache:
     def attach(self, held: Remembered, ids: Sequence[int], salt: str = "") -> int:
         """Hold what is known of how `ids` begin; how many tokens that is (not all: one is left to compute).
 
-        Pages are found only by sequences of the same salt. `held` must be empty.
+        Pages are found only by sequences of the same salt. `held` must be empty; `take_slot` is to follow at once.
         """
         if not self.prefix_caching:
             return 0
@@ -233,18 +281,29 @@ class Cache:
         for group, window in zip(self._groups, self.plan.windows):
             if window is None:
                 known = next((i for i in range(known) if digests[i] not in group.found), known)
-        while known and not all(all(digest in group.found for digest in
-                                    digests[self._first_seen(known * PAGE_TOKENS, window):known])
-                                for group, window in zip(self._groups, self.plan.windows)):
+        while known and not ((self.rewindable or digests[known - 1] in self._snapshots.found) and all(
+                all(digest in group.found for digest in digests[self._first_seen(known * PAGE_TOKENS, window):known])
+                for group, window in zip(self._groups, self.plan.windows))):
             known -= 1
         held.pages = [[0] * first + [group.share(digest) for digest in digests[first:known]]
                       for group, first in ((group, self._first_seen(known * PAGE_TOKENS, window))
                                            for group, window in zip(self._groups, self.plan.windows))]
         held.published = known
+        held.snapshots = [] if self.rewindable else self._worth_keeping(digests, known)
         return known * PAGE_TOKENS
 
+    def _worth_keeping(self, digests: Sequence[bytes], known: int) -> list[int]:
+        """After how many tokens a snapshot is to be taken of a prompt of these pages, of which `known` were found."""
+        seen = next((i for i in range(len(digests), known, -1) if digests[i - 1] in self._snapshots.seen), known)
+        ends = []
+        for end in (seen, len(digests)):
+            if (end - known) * PAGE_TOKENS >= self.snapshot_tokens:
+                ends.append(end * PAGE_TOKENS)
+                known = end
+        return ends
+
     def publish(self, held: Remembered, ids: Sequence[int], remembered: int, salt: str = "") -> None:
-        """Let later sequences find the whole pages among the first `remembered` tokens of ids."""
+        """Let later sequences find the whole pages of ids, of which the first `remembered` are remembered just now."""
         whole = remembered // PAGE_TOKENS
         if not self.prefix_caching or whole <= held.published:
             return
@@ -254,16 +313,31 @@ class Cache:
                 if pages[i]:
                     group.publish(pages[i], held.digests[i])
         held.published = whole
+        if remembered in held.snapshots:
+            digest = held.digests[whole - 1]
+            if digest in self._snapshots.found:
+                self._snapshots.use(digest)
+            else:
+                self._copy_state(held.slot, self._snapshots.place(digest))
+
+    def _copy_state(self, source: int, target: int) -> None:
+        for shape, layer in zip(self.plan.memory, self.layers):
+            if isinstance(shape, MambaShape):
+                self.plan.ops.copy_mamba_state(layer, source, target)
 
     @property
     def has_slot(self) -> bool:
         return bool(self._free_slots)
 
     def take_slot(self, held: Remembered) -> None:
-        """A place for recurrent state; there are as many as sequences may run."""
+        """A place for recurrent state, with that of what `attach` found; there are as many as sequences may run."""
         if not self._free_slots:
             raise Fp4rtError("memory", "no slot for another sequence is free")
         held.slot = self._free_slots.pop()
+        if not self.rewindable:
+            self._snapshots.note(held.digests)
+            if held.published:
+                self._copy_state(self._snapshots.use(held.digests[held.published - 1]), held.slot)
 
     def give_back(self, held: Remembered) -> None:
         """Free everything that `held` holds; the beginning of a text is kept longest for others to find."""
@@ -273,4 +347,4 @@ class Cache:
             for page in reversed(pages):
                 if page:
                     group.release(page)
-        held.pages, held.slot, held.published = [], 0, 0
+        held.pages, held.slot, held.published, held.snapshots = [], 0, 0, []

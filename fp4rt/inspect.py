@@ -11,7 +11,8 @@ from fp4rt.batch import PAGE_TOKENS
 from fp4rt.cache import Plan, describe
 from fp4rt.errors import Fp4rtError
 from fp4rt.formats import Fp8
-from fp4rt.room import DEFAULT_CONTEXT, cache_pages, check_context, parse_size, reserve_workspace, set_aside
+from fp4rt.room import (DEFAULT_CONTEXT, cache_pages, check_context, fitting_snapshots, parse_size, reserve_workspace,
+                        set_aside)
 from fp4rt.loading import Loader
 from fp4rt.models import load_model, read_config
 from fp4rt.ops.planning import Headers, planning_ops
@@ -38,8 +39,10 @@ class Inspection:
     other_bytes: norms, and the embedding where it is not the head (embedding_bytes, else 0). table_bytes: rotary
     angles. unread: (what, how many, why) of tensors that are not used.
     read_per_token: bytes of weights that each decode step reads; kv_per_token: that each token of context adds to it,
-    and takes. workspace: of the widest step, and of batches and samplers. free: what may be allocated, None if unknown. context: the tokens that
-    loading would make room for; largest_context: that fit, at most what the model takes; None if `free` is.
+    and takes. slot_bytes: of one sequence's recurrent state; slots: of running sequences; snapshots: more of them, kept
+    for prompts that begin alike. kv_bytes: of pages and slots. workspace: of the widest step, and of batches and
+    samplers. free: what may be allocated, None if unknown. context: the tokens that loading would make room for;
+    largest_context: that fit, at most what the model takes; None if `free` is.
     """
 
     path: str
@@ -58,6 +61,9 @@ class Inspection:
     device: str
     read_per_token: int
     kv_per_token: int
+    slot_bytes: int
+    slots: int
+    snapshots: int
     weight_bytes: int
     workspace: int
     kv_bytes: int
@@ -105,10 +111,10 @@ def inspect(path: str | Path, *, device: str = "auto", arch: str | None = None, 
     other_bytes = loader.norm_bytes + loader.embedding_bytes
     weight_bytes = linear_bytes + other_bytes
 
-    def cache_bytes(tokens: int) -> int:
-        return plan.nbytes(cache_pages(plan, tokens, ops.step_tokens), plan.sequences)
+    def cache_bytes(tokens: int, snapshots: int = 0) -> int:
+        return plan.nbytes(cache_pages(plan, tokens, ops.step_tokens), plan.sequences + snapshots)
 
-    free, largest = ops.free_memory(), None
+    free, largest, left = ops.free_memory(), None, None
     if free is not None:
         left = free - weight_bytes - ops.table_bytes - workspace
         largest = bisect_right(range(1, longest + 1), left, key=cache_bytes)  # cache_bytes grows with tokens
@@ -117,6 +123,7 @@ def inspect(path: str | Path, *, device: str = "auto", arch: str | None = None, 
         raise Fp4rtError("memory", f"{checkpoint.path}: weights take {weight_bytes / 1e6:.0f} MB, workspace "
                          f"{workspace / 1e6:.0f} MB, memory of {room} tokens {cache_bytes(room) / 1e6:.0f} MB; "
                          f"{free / 1e6:.0f} MB are free on {ops.device}: use a smaller max_model_len, or more memory")
+    snapshots = fitting_snapshots(plan, cache_bytes(room), left)
     return Inspection(
         path=str(checkpoint.path), model_type=config.get("model_type"),
         architecture={name: value for name, value in sizes.__dict__.items()
@@ -128,5 +135,6 @@ def inspect(path: str | Path, *, device: str = "auto", arch: str | None = None, 
             (name, count, reason) for (name, reason), count in Counter(
                 (name.rsplit(".", 1)[-1], reason) for name, reason in checkpoint.skipped.items()).items()),
         device=ops.device, read_per_token=loader.step_bytes(), kv_per_token=plan.page_bytes[0] // PAGE_TOKENS,
-        weight_bytes=weight_bytes, workspace=workspace, kv_bytes=cache_bytes(context), free=free,
+        slot_bytes=plan.slot_bytes, slots=plan.sequences if plan.slot_bytes else 0, snapshots=snapshots,
+        weight_bytes=weight_bytes, workspace=workspace, kv_bytes=cache_bytes(context, snapshots), free=free,
         context=context, largest_context=largest)

@@ -73,8 +73,8 @@ def load(model: str | Path, *, device: str = "auto", arch: str | None = None, ma
          gpu_memory: int | str | None = None, deterministic: bool = False, kv_dtype: str = "auto",
          scale_layout: str = "auto", revision: str | None = None, lm_head: str | None = None,
          requantize: str | None = None, kv_tokens: int | str | None = None, max_num_seqs: int | None = None,
-         max_num_batched_tokens: int | None = None, prefix_caching: bool = True, speculate: int = 0,
-         progress: Callable[[Iterable[int]], Iterable[int]] = lambda items: items) -> LLM:
+         max_num_batched_tokens: int | None = None, prefix_caching: bool = True, snapshots: int | None = None,
+         speculate: int = 0, progress: Callable[[Iterable[int]], Iterable[int]] = lambda items: items) -> LLM:
     """Load a checkpoint: a directory, a Hugging Face repository id, or "demo".
 
     device: "auto" (CUDA where an NVIDIA driver answers, else CPU), "cuda", "cpu" or "reference".
@@ -89,6 +89,8 @@ def load(model: str | Path, *, device: str = "auto", arch: str | None = None, ma
     kv_tokens: tokens that all sequences together may remember; by default max_model_len, "all": as many as memory
     allows. max_num_seqs: sequences that may run in one step. max_num_batched_tokens: tokens of one step; a prompt that
     is longer takes several. prefix_caching: keep what was remembered while there is room, for prompts that begin alike.
+    snapshots: of recurrent state, where models that have it begin such prompts; by default what 1 GiB holds, 2 to 16
+    of them, or fewer where they do not fit beside the context.
     speculate: how many tokens to guess at once from what the text said before, checked in one step: faster where it
     repeats itself, not for models with recurrent layers. progress: wraps the iteration over layers. Raises Fp4rtError.
     """
@@ -107,6 +109,7 @@ def load(model: str | Path, *, device: str = "auto", arch: str | None = None, ma
     check_context(max_model_len, longest)
     check_count("max_num_seqs", max_num_seqs, 1024)
     check_count("max_num_batched_tokens", max_num_batched_tokens, 1 << 16)
+    check_count("snapshots", snapshots or None, 4096)
     check_count("speculate", speculate or None, 32)
     room = max_model_len or min(longest, DEFAULT_CONTEXT)
     ops = make_ops(device, arch, budget, deterministic)
@@ -117,7 +120,8 @@ def load(model: str | Path, *, device: str = "auto", arch: str | None = None, ma
             requantizer.finish()
         engine, context, workspace = make_engine(
             ops, decoder, room, must=max_model_len is not None, kv_tokens=kv_tokens, max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens, prefix_caching=prefix_caching, speculate=speculate)
+            max_num_batched_tokens=max_num_batched_tokens, prefix_caching=prefix_caching, snapshots=snapshots,
+            speculate=speculate)
         return LLM(checkpoint, ops, loader, engine, context, workspace, time.perf_counter() - started)
     except BaseException:
         ops.close()
@@ -148,6 +152,8 @@ class LLM:
             f"{checkpoint.path.name}: {checkpoint.config['model_type']} on {ops.device}", *loader.report(),
             f"weights {self.weight_bytes / 1e6:.1f} MB, K/V {cache.nbytes / 1e6:.1f} MB for {room}, "
             f"workspace {workspace / 1e6:.1f} MB",
+            *([f"recurrent state: {cache.num_slots} slots and {cache.num_snapshots} snapshots of "
+               f"{cache.plan.slot_bytes / 1e6:.1f} MB each, counted with the K/V"] if cache.plan.slot_bytes else []),
             *([ops.notice] if ops.notice else [])]
 
     # -- Text ---------------------------------------------------------------------------------------------------

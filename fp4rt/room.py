@@ -84,12 +84,21 @@ def cache_pages(plan: Plan, tokens: int, step_tokens: int, everyone: bool = Fals
     return plan.pages(tokens, max(step_tokens, LEASE), plan.sequences if everyone else max(1, plan.sequences // 8))
 
 
+def fitting_snapshots(plan: Plan, nbytes: int, free: int | None) -> int:
+    """How many snapshots of recurrent state a cache of `nbytes` without them gets beside it, out of `free` bytes."""
+    if free is None or not plan.slot_bytes:
+        return plan.snapshots
+    return min(plan.snapshots, max(0, free - nbytes) // plan.slot_bytes)
+
+
 def make_engine(ops: Ops, decoder: Any, room: int, *, must: bool, kv_tokens: int | str | None = None,
                 max_num_seqs: int | None = None, max_num_batched_tokens: int | None = None,
-                prefix_caching: bool = True, speculate: int = 0) -> tuple[Engine, int, int]:
+                prefix_caching: bool = True, snapshots: int | None = None,
+                speculate: int = 0) -> tuple[Engine, int, int]:
     """An engine, its context and its workspace in bytes: room for `room` tokens, or for what fits unless they `must`.
 
     kv_tokens: how many tokens all sequences together may remember; None is `room`, "all" what memory allows.
+    snapshots: of recurrent state; None for as many as Plan.snapshots says, or as fit beside what was asked for.
     """
     plan, step_tokens = Plan(ops, decoder.memory, max_num_seqs), max_num_batched_tokens or ops.step_tokens
     workspace = reserve_workspace(ops, decoder, plan, room, step_tokens)
@@ -98,9 +107,16 @@ def make_engine(ops: Ops, decoder: Any, room: int, *, must: bool, kv_tokens: int
     if free is not None:
         free -= aside
 
-    def nbytes(tokens: int) -> int:
-        return plan.nbytes(cache_pages(plan, tokens, step_tokens, kv_tokens is not None), plan.sequences)
+    if snapshots and not (plan.slot_bytes and prefix_caching):
+        why = "this model remembers no recurrent state" if prefix_caching else "prefix caching is off"
+        raise Fp4rtError("request", f"snapshots is {snapshots}, but {why}; leave it out", param="snapshots")
+    kept = 0 if not prefix_caching else snapshots or 0
 
+    def nbytes(tokens: int) -> int:
+        return plan.nbytes(cache_pages(plan, tokens, step_tokens, kv_tokens is not None), plan.sequences + kept)
+
+    if prefix_caching and snapshots is None:
+        kept = fitting_snapshots(plan, nbytes(kv_tokens if isinstance(kv_tokens, int) else room), free)
     while free is not None and fits > 0 and nbytes(fits) > free:
         fits = (fits - 1) // PAGE_TOKENS * PAGE_TOKENS if not must else 0
     if fits <= 0:
@@ -124,7 +140,8 @@ def make_engine(ops: Ops, decoder: Any, room: int, *, must: bool, kv_tokens: int
                              f"{free / 1e6:.0f} MB are free beside weights and workspace; lower kv_tokens")
         tokens = kv_tokens
     ops.expect(nbytes(tokens) + aside)
-    cache = Cache(plan, cache_pages(plan, tokens, step_tokens, kv_tokens is not None), plan.sequences, prefix_caching)
+    cache = Cache(plan, cache_pages(plan, tokens, step_tokens, kv_tokens is not None), plan.sequences, prefix_caching,
+                  kept)
     if speculate and not cache.rewindable:
         raise Fp4rtError("request", "speculate: this model remembers a recurrent state, from which a token that was "
                          "guessed wrong cannot be taken back; leave it out", param="speculate")

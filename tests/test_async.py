@@ -161,6 +161,17 @@ def test_prefix_cache_changes_no_token_and_keeps_salts_apart(device: str):
     asyncio.run(main())
 
 
+def test_who_waits_is_not_admitted_while_a_scored_prompt_holds_the_last_slot():
+    async def main() -> None:
+        with fp4rt.AsyncLLM.load(CHECKPOINT, device="reference", max_model_len=512, max_num_seqs=1) as llm:
+            scored = llm.submit([3] * 300, greedy(2), prompt_logprobs=True)
+            plain = llm.submit([4] * 9, greedy(2))
+            results = await asyncio.wait_for(asyncio.gather(collect(scored), collect(plain)), 60)
+            assert [len(ids) for _, ids, _ in results] == [2, 2]
+
+    asyncio.run(main())
+
+
 def test_what_breaks_ends_its_own_request_only():
     class Broken:
         def push(self, token: int, text: str) -> list:

@@ -168,7 +168,7 @@ def test_every_option_reaches_the_library(monkeypatch):
     assert seen == {
         "model": "owner/name", "prompt": "hello", "device": "cuda", "arch": "sm_75", "gpu_memory": "14.5GiB",
         "max_model_len": 99, "deterministic": True, "kv_dtype": "fp8", "scale_layout": "swizzled", "revision": "main",
-        "lm_head": "fp8", "requantize": "bf16-layers=nvfp4", "speculate": 4,
+        "lm_head": "fp8", "requantize": "bf16-layers=nvfp4", "speculate": 4, "prefix_caching": False,
         "sampling": fp4rt.Sampling(3, 0.5, 4, 0.25, 0.125, 1.5, 0.75, -0.5, 9, ("x", "y"), True)}
     assert run("generate", "owner/name", "hello", "-q").exit_code == 0 and seen["sampling"] == fp4rt.Sampling()
 

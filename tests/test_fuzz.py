@@ -44,9 +44,10 @@ def test_answers_are_those_of_a_quiet_run(name: str, speculate: int, ahead: int,
     with fp4rt.load(ROOT / name, prefix_caching=False, **options) as llm:
         quiet = [llm.generate(prompt, sampling)[0].ids for prompt, sampling in asked]
     with fp4rt.load(ROOT / name, kv_tokens=384, max_num_seqs=5, max_num_batched_tokens=72 if ahead else 40,
-                    speculate=speculate, **options) as llm:
+                    speculate=speculate, snapshots=3 if name.startswith("nemotron-h") else None, **options) as llm:
         engine = llm.engine
         llm.ops.lookahead = max(ahead, llm.ops.lookahead)
+        engine.cache.snapshot_tokens = 64
         sequences = [llm.sequence(list(prompt), sampling) for prompt, sampling in asked]
         cuts = {i: rng.randrange(20) for i in range(len(asked)) if rng.random() < 0.3}  # after so many tokens
         waiting = list(enumerate(sequences))
@@ -67,4 +68,4 @@ def test_answers_are_those_of_a_quiet_run(name: str, speculate: int, ahead: int,
         assert engine.cache.empty and not engine.busy
         scheduler = engine.scheduler
         assert scheduler.preemptions > 0 and (scheduler.accepted > 0) == (speculate > 0)
-        assert (scheduler.prompt_tokens_found > 0) == engine.cache.prefix_caching
+        assert scheduler.prompt_tokens_found > 0

@@ -51,7 +51,7 @@ def command(model: str, prompt: str | None, chat: bool, input_file: str | None, 
             Defaults(sampling, chat, system, think, arguments), show=sys.stderr.isatty() and not quiet)
         return
     text = read_input() if prompt in (None, "-") else prompt
-    with load(model, quiet=quiet, **given) as llm:
+    with load(model, quiet=quiet, prefix_caching=False, **given) as llm:  # nothing follows that could begin alike
         messages = [*([{"role": "system", "content": system}] if system is not None else []),
                     {"role": "user", "content": text}]
         write_reply(llm.stream_chat(messages, sampling, think=think, **arguments) if chat

@@ -46,7 +46,9 @@ def command(model: str, as_json: bool, revision: str | None, **given: Any) -> No
     click.echo(f"read per token  {size(found.read_per_token)}, and {found.kv_per_token} bytes per token of context")
     click.echo(f"memory on {found.device}:")
     click.echo(f"  weights    {size(found.weight_bytes):>9}")
-    click.echo(f"  K/V        {size(found.kv_bytes):>9}  for {found.context} tokens")
+    click.echo(f"  K/V        {size(found.kv_bytes):>9}  for {found.context} tokens" + (
+        f", with recurrent state: {found.slots} slots and {found.snapshots} snapshots of {size(found.slot_bytes)}"
+        if found.slots else ""))
     click.echo(f"  workspace  {size(found.workspace + found.table_bytes):>9}")
     if found.free is None:
         click.echo(f"  free         unknown; the model takes up to {a['max_position_embeddings']} tokens")

@@ -34,6 +34,8 @@ MAX_KEYS = 1024
 @click.option("--gpu-memory-utilization", "share", type=click.FloatRange(0.01, 1), metavar="X",
               help="Take no more than this share of the GPU's memory; --gpu-memory says it in bytes.")
 @click.option("--no-prefix-caching", is_flag=True, help="Compute every prompt from its beginning.")
+@click.option("--snapshots", type=click.IntRange(0, 4096), metavar="N", help="Recurrent states to keep for prompts "
+              "that begin alike, for models that have them.  [default: what 1 GiB holds, 2 to 16]")
 @click.option("--speculate", type=click.IntRange(0, 32), default=0, metavar="N",
               help="Guess N tokens at once where the text repeats itself; the answer stays the same.")
 @click.option("--drain-seconds", type=click.FloatRange(0, 3600), default=30.0, show_default=True, metavar="S",

@@ -118,7 +118,7 @@ class Scheduler:
     def _admit(self) -> None:
         """Let waiting sequences run, in their order, as far as their prompts' pages are free."""
         promised = [sum(group) for group in zip(*(self._needs(s) for s in self.running if not s.decoding))]
-        while self.waiting and len(self.running) < self.max_sequences:
+        while self.waiting and len(self.running) < self.max_sequences and self.cache.has_slot:
             head = self.waiting[0]
             if head.ahead:  # it was preempted, and what it drew before has to be read first
                 return
@@ -143,8 +143,12 @@ class Scheduler:
                 zip(self.cache.missing(sequence.held, len(sequence.ids)), self.cache.plan.windows)]
 
     def _share(self, prompts: list[Sequence], budget: int) -> Step:
-        """How a step's tokens are shared among prompts (oldest first): at most `budget` in all."""
-        rest = {id(s): len(s.ids) - s.remembered for s in prompts}
+        """How a step's tokens are shared among prompts (oldest first): at most `budget` in all.
+
+        Of a prompt it takes none beyond where a snapshot of its state is to be taken.
+        """
+        ends = [min([n for n in s.held.snapshots if n > s.remembered], default=len(s.ids)) for s in prompts]
+        rest = {id(s): end - s.remembered for s, end in zip(prompts, ends)}
         counts = dict.fromkeys(rest, 0)
         shortest_first = sorted(prompts, key=lambda s: rest[id(s)])
         for sequence, most in [(s, -(-budget // 2)) for s in prompts[:1]] + [(s, budget) for s in shortest_first]:

@@ -296,6 +296,9 @@ class Ops(Protocol):
         then RMSNorm over each of num_groups groups of y * silu(z).
         """
 
+    def copy_mamba_state(self, state: Handle, source: int, target: int) -> None:
+        """Let slot `target` hold what slot `source` holds after the steps asked for so far."""
+
     # -- Tokens -------------------------------------------------------------------------------------------------
 
     def sampler(self, rows: Sequence[SamplerRow], vocab_size: int, into: Handle | None = None) -> Handle:

@@ -294,6 +294,9 @@ class ReferenceOps:
         return MambaState(np.zeros((num_slots, shape.conv_width, shape.conv_kernel - 1), np.float32),
                           np.zeros((num_slots, shape.num_heads, shape.head_dim, shape.state_size), np.float32))
 
+    def copy_mamba_state(self, state: MambaState, source: int, target: int) -> None:
+        state.conv[target], state.ssm[target] = state.conv[source], state.ssm[source]
+
     def mamba_state_bytes(self, shape: MambaShape) -> int:
         return 4 * (shape.conv_width * (shape.conv_kernel - 1) + shape.inner * shape.state_size)
 

@@ -168,6 +168,9 @@ class CudaOps:
               shape: MambaShape) -> Activation:
         return mamba.mamba(self.gpu, projected, work, state, weight, shape)
 
+    def copy_mamba_state(self, state: mamba.State, source: int, target: int) -> None:
+        mamba.copy_mamba_state(self.gpu, state, source, target)
+
     def logits(self, h: cupy.ndarray, work: batch.DeviceBatch, norm: rms_norm.Norm, head: linear.CudaLinear, *,
                softcap: float | None = None) -> cupy.ndarray:
         if not work.is_decode:

@@ -209,6 +209,13 @@ class Device:
             self._staging.drain()
             self._small.put(np.ascontiguousarray(host), into.data.ptr)
 
+    def copy(self, array: cupy.ndarray, into: cupy.ndarray) -> None:
+        """Copy a contiguous array to another of the same bytes, in the order of the stream."""
+        if not self.planning:
+            self._staging.drain()
+            runtime.memcpyAsync(into.data.ptr, array.data.ptr, array.nbytes, runtime.memcpyDeviceToDevice,
+                                self.stream.ptr)
+
     def fetch(self, array: cupy.ndarray) -> Fetched:
         """Start copying a contiguous array to the host."""
         self._staging.drain()

@@ -67,6 +67,11 @@ def mamba_state_bytes(shape: MambaShape) -> int:
     return 2 * shape.conv_kernel * shape.conv_width + 4 * shape.inner * shape.state_size
 
 
+def copy_mamba_state(device: Device, state: State, source: int, target: int) -> None:
+    for array in (state.recent, state.ssm):
+        device.copy(array[source], into=array[target])
+
+
 def mamba(device: Device, projected: Activation, batch: DeviceBatch, state: State, weight: Mamba,
           shape: MambaShape) -> Activation:
     """Ops.mamba. A token's numbers do not depend on how its sequence is cut into steps, nor on its company."""

@@ -1,5 +1,6 @@
 """The command line: text on stdout and nothing else there, one line for every failure, and fast to say what it can."""
 
+import fcntl
 import json
 import os
 import pty
@@ -229,6 +230,8 @@ def test_a_closed_pipe_is_silent():
 def test_ctrl_c_ends_generate_with_130():
     child = spawn("generate", CHECKPOINT, "Hello", "-q", *ON, "--ignore-eos", "--max-tokens", "1500",
                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    if hasattr(fcntl, "F_SETPIPE_SZ"):
+        fcntl.fcntl(child.stdout, fcntl.F_SETPIPE_SZ, 4096)  # less than it writes: it is not done before the signal
     child.stdout.read(1)
     child.send_signal(signal.SIGINT)
     _, stderr = child.communicate(timeout=60)

@@ -74,10 +74,11 @@ __device__ __forceinline__ void choose(const Rule& rule, float* shared, int* ids
 
     float most = 0.0f, sum = 1.0f;
     if (!rule.sigmoid) {
+        auto larger = [](float x, float y) { return x > y || isnan(x) ? x : y; };  // NaN, if one is: so are all weights
         most = -infinity;
 #pragma unroll 1
-        for (int e = threadIdx.x; e < experts; e += THREADS) most = fmaxf(most, scores[e]);
-        most = of_block(most, maxima, [](float x, float y) { return fmaxf(x, y); });
+        for (int e = threadIdx.x; e < experts; e += THREADS) most = larger(most, scores[e]);
+        most = of_block(most, maxima, larger);
         // Normalising divides what a softmax divides by out again.
         if (!rule.normalize || rule.correction) {
             sum = 0.0f;

@@ -5,12 +5,28 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from typing import TYPE_CHECKING
-
 import cupy
+import numpy as np
 
-if TYPE_CHECKING:
-    from fp4rt.ops.cuda.warpgroup import Ordered
+from fp4rt.ops.cuda.device import Device
+
+LONGEST_TILE = 128  # columns of the longest tile of weights: what is a multiple of it has no tail in any layout
+
+
+@dataclass(frozen=True)
+class Ordered:
+    """Activations [T, K] as kernels/order.cuh says: fp16 [slabs, padded, 64]; padded: T up to a multiple of 8."""
+
+    data: cupy.ndarray
+    shape: tuple[int, int]
+    padded: int
+    interleaved: bool
+
+    @staticmethod
+    def empty(device: Device, shape: tuple[int, int], interleaved: bool, tile_k: int = LONGEST_TILE) -> Ordered:
+        """To be filled; columns to the end of a tile are part of it."""
+        padded, slabs = -(-shape[0] // 8) * 8, -(-shape[1] // tile_k) * tile_k // 64
+        return Ordered(device.scratch((slabs, padded, 64), np.float16), shape, padded, interleaved)
 
 
 @dataclass(frozen=True)

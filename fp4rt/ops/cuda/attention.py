@@ -11,12 +11,11 @@ import numpy as np
 from fp4rt.batch import PAGE_TOKENS
 from fp4rt.errors import Fp4rtError
 from fp4rt.ops import AttentionShape
-from fp4rt.ops.cuda.activation import Activation
+from fp4rt.ops.cuda.activation import Activation, Ordered
 from fp4rt.ops.cuda.batch import TICKETS, DeviceBatch
 from fp4rt.ops.cuda.device import Device
 from fp4rt.ops.cuda.linear import CudaLinear, takes_ordered
 from fp4rt.ops.cuda.rms_norm import Norm
-from fp4rt.ops.cuda.warpgroup import Ordered
 
 _COMMON_HEAD_DIMS = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 256, 512)
 _MAX_CHUNKS, _TILE = 64, 16  # as in kernels/attention_decode.cu

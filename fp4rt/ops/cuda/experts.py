@@ -11,7 +11,7 @@ import numpy as np
 from fp4rt.errors import Fp4rtError
 from fp4rt.formats import Weight
 from fp4rt.ops.cuda import warpgroup
-from fp4rt.ops.cuda.activation import Activation, exponent_for
+from fp4rt.ops.cuda.activation import LONGEST_TILE, Activation, Ordered, exponent_for
 from fp4rt.ops.cuda.device import SHARED_LIMIT, Device
 from fp4rt.ops.cuda.linear import (ACTIVATIONS, ADD_FLOAT, LAYOUTS, STORE_FLOAT, STORE_HALF, ManyTokens, activated_bound,
                                    check_activation, choose_layout, choose_many, many_variants, ordered_mode, same)
@@ -139,8 +139,8 @@ def _grouped(device: Device, x: Activation, ids: cupy.ndarray, weights: cupy.nda
     device.kernel("experts", "group_by_expert")(up.experts, _THREADS, ids, pairs, pairs_of_x, size, most_blocks, places,
                                                 rows, blocks, shared=4 * up.experts, pdl=True)
     inner_exponent = exponent_for(inner_bound)
-    if by_warpgroups and down.prescale is None and up.features % warpgroup.WHOLE == 0:
-        ordered = warpgroup.Ordered.empty(device, (pairs, up.features), down.layout.interleaved)
+    if by_warpgroups and down.prescale is None and up.features % LONGEST_TILE == 0:
+        ordered = Ordered.empty(device, (pairs, up.features), down.layout.interleaved)
         inner = Activation(None, inner_exponent, inner_bound, ordered=ordered)
     else:
         inner = Activation(device.scratch((pairs, up.features), np.float16), inner_exponent, inner_bound)

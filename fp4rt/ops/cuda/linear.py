@@ -13,7 +13,7 @@ import numpy as np
 from fp4rt.errors import Fp4rtError
 from fp4rt.formats import Dense, Fp8, Mxfp4, Nvfp4, Weight
 from fp4rt.ops.cuda import warpgroup
-from fp4rt.ops.cuda.activation import Activation, exponent_for
+from fp4rt.ops.cuda.activation import LONGEST_TILE, Activation, Ordered, exponent_for
 from fp4rt.ops.cuda.dense_linear import DENSE, DENSE_F32, dense_layout
 from fp4rt.ops.cuda.device import SHARED_LIMIT, Device
 from fp4rt.ops.cuda.fp8_linear import FP8, FP8_BLOCKS, fp8_layout
@@ -180,7 +180,7 @@ def linear(device: Device, x: Activation | Normed, weight: CudaLinear, *, activa
     elif (then is not None and len(weight.groups) == 1
           and warpgroup.runs(device, weight.groups[0].layout)
           and takes_ordered(device, tokens, weight.out_features, then)):
-        ordered = warpgroup.Ordered.empty(device, (tokens, weight.out_features), then.groups[0].layout.interleaved)
+        ordered = Ordered.empty(device, (tokens, weight.out_features), then.groups[0].layout.interleaved)
         _launch(device, x, weight.groups[0], ordered.data, ordered_mode(ordered), activation, exponent, deterministic)
         return Activation(None, exponent, bound, ordered=ordered)
     else:
@@ -190,14 +190,14 @@ def linear(device: Device, x: Activation | Normed, weight: CudaLinear, *, activa
     return Activation(out, exponent, bound)
 
 
-def ordered_mode(out: warpgroup.Ordered) -> int:
+def ordered_mode(out: Ordered) -> int:
     """How the epilogue stores what is handed over."""
     return STORE_INTERLEAVED if out.interleaved else STORE_ORDERED
 
 
 def takes_ordered(device: Device, tokens: int, features: int, then: CudaLinear) -> bool:
     """Whether a linear would order [tokens, features] first: then whoever writes them may do so."""
-    return (tokens > FEW_TOKENS and features % warpgroup.WHOLE == 0 and len(then.groups) == 1
+    return (tokens > FEW_TOKENS and features % LONGEST_TILE == 0 and len(then.groups) == 1
             and then.groups[0].prescale is None and warpgroup.runs(device, then.groups[0].layout))
 
 
@@ -238,7 +238,7 @@ def _launch(device: Device, x: Activation | Normed, group: Packed, out: cupy.nda
     parts = few_plan(group.layout, device.shared_limit, FEW_TOKENS, k).parts
     sums = 1 + (1 + (parts > 1)) * deterministic
     by_warpgroups = tokens > FEW_TOKENS and warpgroup.runs(device, group.layout)
-    if by_warpgroups and isinstance(x, Normed) and group.prescale is None and k % warpgroup.WHOLE == 0:
+    if by_warpgroups and isinstance(x, Normed) and group.prescale is None and k % LONGEST_TILE == 0:
         ordered = x.ordered(device, group.layout.interleaved)
         x = Activation(None, x.exponent, x.row_length(), x.row_length(), ordered=ordered)
     if isinstance(x, Normed) and (tokens > FUSED_NORM_TOKENS or group.prescale is not None or k % 8 or parts > 1):

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 import cupy
 import numpy as np
 
-from fp4rt.ops.cuda.activation import Activation, exponent_for
+from fp4rt.ops.cuda.activation import Activation, Ordered, exponent_for
 from fp4rt.ops.cuda.device import SHARED_LIMIT, Device
 from fp4rt.ops.cuda.tiles import few_warps
-from fp4rt.ops.cuda.warpgroup import Ordered
 
 _TINY = 1e-30  # mean square of a row of zeros
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import cupy
-import numpy as np
 
+from fp4rt.ops.cuda.activation import Ordered
 from fp4rt.ops.cuda.device import SHARED_LIMIT, Device
 from fp4rt.ops.cuda.tiles import EXPERT_WARPS, Layout, Packed, few_warps, sum_defines
 
-WHOLE = 128        # columns of the longest tile: what is a multiple of it has no tail in any layout
 _THREADS = 384     # two warpgroups that compute and one that brings
 _TOKENS, _STEPS = 64, 4  # of a block of the `order` kernel: each thread takes 32 columns of a token
 
@@ -145,22 +144,6 @@ def choose_grouped(device: Device, up: Packed, down: Packed, pairs: int,
     first, second = (min((variant for variant in whole if variant.tokens == size),
                          key=lambda variant: variant.time(device, packed, blocks)) for packed in (up, down))
     return first, second
-
-
-@dataclass(frozen=True)
-class Ordered:
-    """Activations [T, K] as kernels/order.cuh says: fp16 [slabs, padded, 64]; padded: T up to a multiple of 8."""
-
-    data: cupy.ndarray
-    shape: tuple[int, int]
-    padded: int
-    interleaved: bool
-
-    @staticmethod
-    def empty(device: Device, shape: tuple[int, int], interleaved: bool, tile_k: int = WHOLE) -> Ordered:
-        """To be filled; columns to the end of a tile are part of it."""
-        padded, slabs = -(-shape[0] // 8) * 8, -(-shape[1] // tile_k) * tile_k // 64
-        return Ordered(device.scratch((slabs, padded, 64), np.float16), shape, padded, interleaved)
 
 
 def order(device: Device, x: cupy.ndarray, layout: Layout) -> Ordered:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence as SequenceOf
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 
 from fp4rt.batch import PAGE_TOKENS
 from fp4rt.cache import Cache
+from fp4rt.engine import prompt
 from fp4rt.engine.recorded import Recorded, Sizes, make_batch
 from fp4rt.engine.rehearsal import rehearse
 from fp4rt.engine.scheduler import LOGITS_ROWS, Scheduler, Step, most_rows
@@ -320,7 +320,7 @@ class Engine:
 
     def _accept(self, sequence: Sequence, token: int) -> Event:
         if token < 0:
-            sequence.fail(self._not_finite(sequence))
+            sequence.fail(prompt.not_finite(self, sequence))
             return sequence, -1
         try:
             sequence.append(token)
@@ -348,96 +348,12 @@ class Engine:
             sequence.fail(Fp4rtError("request", f"the grammar failed: {error}"))
         return row
 
-    def _not_finite(self, sequence: Sequence) -> Fp4rtError:
-        """Run the sequence again, layer by layer, to say which one first left the numbers."""
-        position = len(sequence.ids) - 1
-        sequence.ahead = 0
-        self.cache.give_back(sequence.held)
-        self.cache.take_slot(sequence.held)
-        sequence.remembered = 0
-        while sequence.remembered <= position:
-            count = min(self.scheduler.step_tokens, position + 1 - sequence.remembered)
-            self.cache.trim(sequence.held, sequence.remembered)
-            self.cache.grow(sequence.held, sequence.remembered + count)
-            batch = self.ops.batch(make_batch([(sequence, count)], [count - 1]))
-            for name, h in self.model.residuals(batch, self.cache.layers):
-                if not self.ops.is_finite(h):
-                    last = sequence.remembered + count - 1
-                    return Fp4rtError("checkpoint", f"{name}: its output holds NaN or infinity for tokens "
-                                      f"{sequence.remembered} to {last}; the weights of this layer are damaged, or "
-                                      "their scales are")
-            sequence.remembered += count
-        return Fp4rtError("checkpoint", f"lm_head: the logits at position {position} hold NaN or infinity though every "
-                          "layer's output is finite; the head's weights are damaged, or their scales are")
-
     def logits(self, ids: list[int]) -> np.ndarray:
         """Float32 [len(ids), vocab_size]: every position's logits."""
         if self.busy:
             raise Fp4rtError("request", "logits cannot be asked for while sequences are being generated")
-        logits = np.empty((len(ids), self.model.config.vocab_size), np.float32)
-        with self._prompt(ids) as prompt:
-            for first, part in self._prompt_logits(prompt):
-                rows = self.ops.fetch(part).result()
-                if not np.isfinite(rows).all():
-                    raise self._not_finite(prompt)
-                logits[first:first + len(rows)] = rows
-        return logits
+        return prompt.logits(self, ids)
 
     def score(self, sequence: Sequence, top: int) -> None:
         """Fill sequence.prompt_logprobs, for its prompt's tokens but the first, and then submit it (any thread)."""
-        def chunks() -> Iterator[None]:
-            unread: deque[tuple[list[int], Pending]] = deque()
-
-            def read() -> None:
-                following, pending = unread.popleft()
-                told = pending.result()
-                if np.isnan(told[:, 0]).any():
-                    raise self._not_finite(prompt)
-                sequence.prompt_logprobs += [TokenLogprobs.read(token, row, top) for token, row in zip(following, told)]
-
-            try:
-                with self._prompt(sequence.ids) as prompt:
-                    for first, part in self._prompt_logits(prompt):
-                        if sequence.finish_reason:
-                            break
-                        if part is not None:
-                            following = prompt.ids[first + 1:first + 1 + len(part)]
-                            padded = np.array(following + [0] * (len(part) - len(following)), np.int32)
-                            unread.append((following, self.ops.fetch(self.ops.logprobs(part, padded, top))))
-                        del part  # its memory is for the steps that come between
-                        if len(unread) > 1:
-                            read()
-                        yield
-                    while unread and not sequence.finish_reason:
-                        read()
-            except Fp4rtError as error:
-                sequence.fail(error)
-            self.submit(sequence)
-
-        self._scores.append(chunks())
-
-    @contextmanager
-    def _prompt(self, ids: list[int]) -> Iterator[Sequence]:
-        """A sequence whose prompt is looked at and not continued; what it holds is given back."""
-        prompt = Sequence(list(ids), Sampling(), 0, frozenset(), len(ids))
-        try:
-            yield prompt
-        finally:
-            self.cache.give_back(prompt.held)
-
-    def _prompt_logits(self, prompt: Sequence) -> Iterator[tuple[int, Any]]:
-        """(first position, logits of a chunk from there), the logits None where it has to wait for room."""
-        total, chunk = len(prompt.ids), min(self.scheduler.step_tokens, LOGITS_ROWS)
-        while not self.cache.has_slot:
-            yield 0, None
-        self.cache.take_slot(prompt.held)
-        while (first := prompt.remembered) < total:
-            count = min(chunk, total - first)
-            self.cache.trim(prompt.held, first)
-            while not self.cache.grow(prompt.held, first + count):
-                if not self.scheduler.running:
-                    raise Fp4rtError("memory", f"{total} tokens do not fit the K/V cache of {self.cache.tokens} tokens")
-                yield first, None
-            batch = self.ops.batch(make_batch([(prompt, count)], list(range(count))))
-            prompt.remembered += count
-            yield first, self.model(batch, self.cache.layers)
+        self._scores.append(prompt.score(self, sequence, top))

@@ -44,10 +44,10 @@ class Driver:
     def __init__(self) -> None:
         name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
         self._library = ctypes.CDLL(name)
+        self.most_clusters = self._library.cuOccupancyMaxActiveClusters
         # These take microseconds, and a step makes hundreds of them: they keep the GIL, which they would else have to
         # get back each time from a thread that is busy, such as a server's.
         quick = ctypes.PyDLL(name)
-        self.most_clusters = self._library.cuOccupancyMaxActiveClusters
         self.launch = quick.cuLaunchKernelEx
         self.launch.argtypes = [ctypes.POINTER(_Config), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
         self.push = quick.cuCtxPushCurrent_v2

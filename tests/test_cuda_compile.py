@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("cupy_backends.cuda.libs.nvrtc")
 
 from fp4rt.errors import Fp4rtError  # noqa: E402
-from fp4rt.ops.cuda import linear  # noqa: E402
+from fp4rt.ops.cuda import layouts, linear  # noqa: E402
 from fp4rt.ops.cuda import compile as compiling  # noqa: E402
 from fp4rt.ops.cuda.device import SHARED_LIMIT  # noqa: E402
 from fp4rt.ops.cuda.tiles import Layout  # noqa: E402
@@ -44,7 +44,7 @@ def test_compiles_without_spills_within_shared_memory(variant: tuple):
 
 
 @pytest.mark.parametrize("capability", ARCHITECTURES.values())
-@pytest.mark.parametrize("layout", linear.LAYOUTS, ids=lambda layout: f"{layout.stem}-{layout.tile_bytes}")
+@pytest.mark.parametrize("layout", layouts.LAYOUTS, ids=lambda layout: f"{layout.stem}-{layout.tile_bytes}")
 def test_few_tokens_fit_shared_memory_and_are_summed_in_one_order(capability: int, layout: Layout):
     limit = SHARED_LIMIT[capability]
     for k in (64, 2880, 4096, 14336, 28672, 53248):

@@ -15,8 +15,8 @@ from fp4rt.batch import Batch
 from fp4rt.errors import Fp4rtError
 from fp4rt.formats import Weight
 from fp4rt.ops import AttentionShape, MambaShape, Routing, SamplerRow
-from fp4rt.ops.cuda import (attention, batch, embedding, experts, linear, logprobs, mamba, merge, per_layer, rms_norm,
-                            route, sample, warpgroup)
+from fp4rt.ops.cuda import (attention, batch, embedding, experts, layouts, linear, logprobs, mamba, merge, per_layer,
+                            rms_norm, route, sample, warpgroup)
 from fp4rt.ops.cuda.activation import Activation
 from fp4rt.ops.cuda.device import Device, Fetched
 
@@ -65,7 +65,7 @@ class CudaOps:
 
     def _prepare(self, module: ModuleType, parts: Sequence[Weight]) -> None:
         """Compile what linears of these formats may launch, while their bytes are on the way."""
-        stems = {linear.choose_layout(part)[0].stem for part in parts} - self._prepared[module]
+        stems = {layouts.choose_layout(part)[0].stem for part in parts} - self._prepared[module]
         self._prepared[module] |= stems
         for stem, defines, _ in module.variants(self.gpu.capability) if stems else ():
             needed = self.deterministic or "SUM_WARPS" not in defines

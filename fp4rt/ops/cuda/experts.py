@@ -13,8 +13,9 @@ from fp4rt.formats import Weight
 from fp4rt.ops.cuda import warpgroup
 from fp4rt.ops.cuda.activation import LONGEST_TILE, Activation, Ordered, exponent_for
 from fp4rt.ops.cuda.device import SHARED_LIMIT, Device
-from fp4rt.ops.cuda.linear import (ACTIVATIONS, ADD_FLOAT, LAYOUTS, STORE_FLOAT, STORE_HALF, ManyTokens, activated_bound,
-                                   check_activation, choose_layout, choose_many, many_variants, ordered_mode, same)
+from fp4rt.ops.cuda.layouts import LAYOUTS, choose_layout
+from fp4rt.ops.cuda.linear import (ACTIVATIONS, ADD_FLOAT, STORE_FLOAT, STORE_HALF, ManyTokens, activated_bound,
+                                   check_activation, choose_many, many_variants, ordered_mode, same)
 from fp4rt.ops.cuda.route import Choice
 from fp4rt.ops.cuda.tiles import EXPERT_WARPS, FEW_TOKENS, Layout, Packed, pack
 

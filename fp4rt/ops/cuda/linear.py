@@ -11,14 +11,11 @@ import cupy
 import numpy as np
 
 from fp4rt.errors import Fp4rtError
-from fp4rt.formats import Dense, Fp8, Mxfp4, Nvfp4, Weight
+from fp4rt.formats import Weight
 from fp4rt.ops.cuda import warpgroup
 from fp4rt.ops.cuda.activation import LONGEST_TILE, Activation, Ordered, exponent_for
-from fp4rt.ops.cuda.dense_linear import DENSE, DENSE_F32, dense_layout
 from fp4rt.ops.cuda.device import SHARED_LIMIT, Device
-from fp4rt.ops.cuda.fp8_linear import FP8, FP8_BLOCKS, fp8_layout
-from fp4rt.ops.cuda.mxfp4_linear import MXFP4
-from fp4rt.ops.cuda.nvfp4_linear import NVFP4
+from fp4rt.ops.cuda.layouts import LAYOUTS, choose_layout
 from fp4rt.ops.cuda.rms_norm import Normed
 from fp4rt.ops.cuda.tiles import FEW_TOKENS, Layout, Packed, few_warps, pack, sum_bytes, sum_defines
 
@@ -82,7 +79,6 @@ class ManyTokens:
 
 MANY = (ManyTokens(8, 2, 1, 8, 1, 66, 68), ManyTokens(4, 4, 1, 4, 2, 46, 35), ManyTokens(4, 2, 1, 4, 3, 30, 19.5),
         ManyTokens(4, 1, 1, 4, 4, 22, 18))
-LAYOUTS = (NVFP4, MXFP4, FP8, FP8_BLOCKS, DENSE, DENSE_F32)
 
 
 def variants(capability: int) -> list[tuple[str, dict[str, int], int]]:
@@ -117,21 +113,6 @@ class CudaLinear:
         self.in_features = groups[0].in_features
         self.nbytes = sum(group.nbytes for group in groups)
         self.kernel = "+".join(dict.fromkeys(group.layout.stem for group in groups))
-
-
-def choose_layout(part: Weight) -> tuple[Layout, str]:
-    """The layout for a weight and the reason, for reports too."""
-    if isinstance(part, Nvfp4):
-        return NVFP4, NVFP4.reason
-    if isinstance(part, Mxfp4):
-        return MXFP4, MXFP4.reason
-    if isinstance(part, Dense):
-        layout = dense_layout(part)
-        return layout, layout.reason
-    if isinstance(part, Fp8):
-        layout = fp8_layout(part)
-        return layout, layout.reason
-    raise Fp4rtError("checkpoint", f"{part.name}: the CUDA backend has no kernel for {part.format}")
 
 
 def linear_weight(device: Device, parts: Sequence[Weight], *, gated: bool = False) -> CudaLinear:

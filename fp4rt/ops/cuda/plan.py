@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fp4rt.formats import Weight
-from fp4rt.ops.cuda.linear import choose_layout
+from fp4rt.ops.cuda.layouts import choose_layout
 
 
 def plan_linear(parts: Sequence[Weight], gated: bool) -> tuple[str, str, int]:

@@ -8,6 +8,7 @@ import cupy
 
 from fp4rt.ops.cuda.activation import Ordered
 from fp4rt.ops.cuda.device import SHARED_LIMIT, Device
+from fp4rt.ops.cuda.layouts import LAYOUTS
 from fp4rt.ops.cuda.tiles import EXPERT_WARPS, Layout, Packed, few_warps, sum_defines
 
 _THREADS = 384     # two warpgroups that compute and one that brings
@@ -108,8 +109,6 @@ def _runs(defines: dict[str, int]) -> bool:
 
 def variants(capability: int) -> list[tuple[str, dict[str, int], int]]:
     """Every (stem, defines, dynamic shared bytes) that this module may launch on an architecture."""
-    from fp4rt.ops.cuda.linear import LAYOUTS
-
     if capability != 90:
         return []
     found = [("order", {}, 0)]

@@ -81,7 +81,7 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const v
 #pragma unroll
             for (int i = 0; i < TILE; i += 32)
                 if (i + 32 <= TILE || lane < TILE - i)
-                    copy_async_once(base + slot + (i + lane) * 16, reinterpret_cast<const uint4*>(weights) + tile + i);
+                    copy_streamed(base + slot + (i + lane) * 16, reinterpret_cast<const uint4*>(weights) + tile + i);
             fetch_i++;
             tile += WARPS * parts * TILE;
         }

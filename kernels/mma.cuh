@@ -30,14 +30,21 @@ __device__ __forceinline__ uint4 load_once(const void* p) {
     return v;
 }
 
-// The same of a stream of weights: they leave L2 before what is wanted again, as those of copy_async_once do.
+#if __CUDA_ARCH__ >= 800
+// How L2 should treat what is read once in a step: it goes first, so that the rest stays, the kernels' code too.
+__device__ __forceinline__ unsigned long long evict_first() {
+    unsigned long long policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+#endif
+
+// load_once of a stream of weights, which leaves L2 first.
 __device__ __forceinline__ uint4 load_streamed(const void* p) {
 #if __CUDA_ARCH__ >= 800
     uint4 v;
-    unsigned long long policy;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0,%1,%2,%3}, [%4], %5;"
-        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p), "l"(policy));
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p), "l"(evict_first()));
     return v;
 #else
     return load_once(p);
@@ -58,15 +65,17 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, int
     *reinterpret_cast<uint4*>(shared) = v;
 #endif
 }
-// The same of 16 bytes that are read once in a step: they leave L2 before what is wanted again, the machine code of the
-// other kernels of a layer not the least.
-__device__ __forceinline__ void copy_async_once(void* shared, const void* global) {
 #if __CUDA_ARCH__ >= 800
+__device__ __forceinline__ void copy_async(void* shared, const void* global, unsigned long long policy) {
     unsigned address = __cvta_generic_to_shared(shared);
-    unsigned long long policy;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;"
         :: "r"(address), "l"(global), "l"(policy) : "memory");
+}
+#endif
+// 16 bytes of a stream of weights, which leaves L2 first.
+__device__ __forceinline__ void copy_streamed(void* shared, const void* global) {
+#if __CUDA_ARCH__ >= 800
+    copy_async(shared, global, evict_first());
 #else
     copy_async(shared, global, 16);
 #endif

@@ -35,18 +35,6 @@ __device__ __forceinline__ void bulk_copy(unsigned shared, const void* global, i
                  :: "r"(shared), "l"(global), "r"(bytes), "r"(barrier) : "memory");
 }
 
-// How L2 should treat what is read once: it goes first, so that the rest stays, the kernels' code too.
-__device__ __forceinline__ unsigned long long evict_first() {
-    unsigned long long policy;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
-// copy_async of 16 bytes under such a policy.
-__device__ __forceinline__ void copy_async(void* shared, const void* global, unsigned long long policy) {
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;"
-                 :: "r"(shared_address(shared)), "l"(global), "l"(policy) : "memory");
-}
-
 // Adds to four floats without waiting for what they were; one addition to each is the same in any order.
 __device__ __forceinline__ void add_four(float* to, float a, float b, float c, float d) {
     asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" :: "l"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");

@@ -74,7 +74,8 @@ class Inspection:
 
 def inspect(path: str | Path, *, device: str = "auto", arch: str | None = None, gpu_memory: int | str | None = None,
             max_model_len: int | None = None, deterministic: bool = False, scale_layout: str = "auto",
-            kv_dtype: str = "auto", lm_head: str | None = None, requantize: str | None = None) -> Inspection:
+            kv_dtype: str = "auto", lm_head: str | None = None, requantize: str | None = None,
+            prefix_caching: bool = True) -> Inspection:
     """Plan what `load` would do with these arguments for a checkpoint directory. Raises Fp4rtError where it would."""
     checkpoint = Headers(path, scale_layout=scale_layout)
     config, sizes = read_config(checkpoint)
@@ -123,7 +124,7 @@ def inspect(path: str | Path, *, device: str = "auto", arch: str | None = None, 
         raise Fp4rtError("memory", f"{checkpoint.path}: weights take {weight_bytes / 1e6:.0f} MB, workspace "
                          f"{workspace / 1e6:.0f} MB, memory of {room} tokens {cache_bytes(room) / 1e6:.0f} MB; "
                          f"{free / 1e6:.0f} MB are free on {ops.device}: use a smaller max_model_len, or more memory")
-    snapshots = fitting_snapshots(plan, cache_bytes(room), left)
+    snapshots = fitting_snapshots(plan, cache_bytes(room), left) if prefix_caching else 0
     return Inspection(
         path=str(checkpoint.path), model_type=config.get("model_type"),
         architecture={name: value for name, value in sizes.__dict__.items()

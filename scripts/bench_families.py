@@ -117,9 +117,8 @@ def row(directory: Path, shape: str, layers: int | None, repeat: int, bandwidth:
     with checkpoint(directory, shape, layers) as (path, made):
         room = 8 * -(-(CONTEXT + NEW_TOKENS) // 64) * 64
         memory = DeviceMemory()
-        plan = inspect(path, device="cuda", max_model_len=room)
+        plan = inspect(path, device="cuda", max_model_len=room, prefix_caching=False)
         planned = plan.weight_bytes + plan.table_bytes + plan.workspace + plan.kv_bytes
-        planned -= plan.snapshots * plan.slot_bytes  # which a load without prefix caching does not keep
         with fp4rt.load(path, device="cuda", max_model_len=room, prefix_caching=False) as llm:
             print("\n".join(llm.report), file=sys.stderr)
             load_seconds, held = llm.load_seconds, llm.ops.gpu.budget.used

@@ -145,6 +145,21 @@ def test_logits_that_are_nan_choose_distinct_experts(ops, fused: bool, scoring: 
     assert np.isnan(weights[1]).all() and np.isfinite(weights[[0, 2]]).all()
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_one_logit_that_is_nan_shows_in_all_weights_of_a_softmax(ops, fused: bool, normalize: bool):  # noqa: F811
+    bias = np.zeros(64, np.float32)
+    bias[5] = np.nan
+    weight = make_weight(np.random.default_rng(0), "BF16", 64, 32, bias=bias)
+    x = np.random.default_rng(1).standard_normal((3, 32)).astype(np.float32)
+    choice = ops.route(residual_stream(ops, x) if fused else activation(ops, x), ops.linear_weight([weight]),
+                       Routing(64, 8, normalize=normalize),
+                       norm=ops.norm_weight(np.ones(32, np.float32), 1e-5) if fused else None)
+    ids, weights = ops.fetch(choice.ids).result(), ops.fetch(choice.weights).result()
+    assert all(len(set(row)) == 8 and 0 <= min(row) and max(row) < 64 for row in ids.tolist())
+    assert np.isnan(weights).all()
+
+
 def routed(ops, case: RouteCase, rows: slice):  # noqa: F811
     """(ids, weights, normed rows) that a router gives to these rows alone."""
     weight, x, norm, correction, scale = case.build()

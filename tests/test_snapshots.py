@@ -267,6 +267,8 @@ def test_what_is_planned_and_reported():
         planned = inspect(ROOT / MODELS[0], device="reference", max_model_len=1024)
         assert (planned.slot_bytes, planned.slots, planned.snapshots) == (slot, 64, 16)
         assert planned.kv_bytes == many.engine.cache.nbytes
+        planned = inspect(ROOT / MODELS[0], device="reference", max_model_len=1024, prefix_caching=False)
+        assert planned.snapshots == 0 and planned.kv_bytes == none.engine.cache.nbytes
 
 
 @pytest.mark.parametrize("name, options, message", [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,7 @@ class Loaded:
     linear: Linear
     chosen: int = 0    # of experts, how many a token takes; 0: not experts
     experts: int = 0   # of how many
+    is_head: bool = False  # of which a prompt needs its last token's row alone
 
     def read(self, tokens: int = 1) -> float:
         """The share of it that a step of so many tokens reads: of experts, those expected to be chosen by any.
@@ -82,7 +84,7 @@ class Loader:
         linear = self.ops.linear_weight(taken, gated=gated)
         self.linears.append(Loaded(tuple(w.name for w in weights), _formats(weights, taken),
                                    (sum(w.shape[0] for w in weights), weights[0].shape[1]),
-                                   tuple(w.nbytes for w in weights), linear))
+                                   tuple(w.nbytes for w in weights), linear, is_head=place == "lm_head"))
         return linear
 
     def experts(self, scope: Scope, shape: ExpertShape, top_k: int) -> tuple[Linear, Linear]:
@@ -141,6 +143,10 @@ class Loader:
         read = sum(one.linear.nbytes * (one.read(tokens) if experts is None or not one.experts else experts)
                    for one in self.linears)
         return round(read) + self.norm_bytes
+
+    def flops(self, *, head: bool) -> float:
+        """Floating-point operations of one token in all linears, with or without the head: two for each weight."""
+        return sum(2 * math.prod(one.shape) * one.read() for one in self.linears if head or not one.is_head)
 
     def report(self) -> list[str]:
         """One line per kind of weight: how many, how many bytes, which kernel runs it, and why that one."""

@@ -29,7 +29,7 @@ from fp4rt.formats.fp8 import E4M3  # noqa: E402
 from fp4rt.ops import AttentionShape  # noqa: E402
 from fp4rt.ops.cuda import CudaOps  # noqa: E402
 from fp4rt.ops.cuda.activation import Activation  # noqa: E402
-from fp4rt.ops.cuda.bandwidth import read_bandwidth  # noqa: E402
+from fp4rt.ops.cuda.limits import read_bandwidth  # noqa: E402
 
 
 @dataclass(frozen=True)

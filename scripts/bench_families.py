@@ -4,8 +4,9 @@
 
 Each checkpoint is written to DIRECTORY (which takes the largest: 20 GB), measured and deleted; one row each is printed:
 tokens per second as median, least and most of several runs; what a step must read, over its time, as a share of the
-read bandwidth measured here; peak memory without the CUDA context, and what was planned from the files' headers; of the
-experts that a token chooses, the share that the token before it chose (their weights may still be in a cache).
+read bandwidth measured here; the products of the linears in prefill, as a share of the matrix rate measured here; peak
+memory without the CUDA context, and what was planned from the files' headers; of the experts that a token chooses, the
+share that the token before it chose (their weights may still be in a cache).
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from make_checkpoint import SHAPES, cut, write  # noqa: E402
 
 import fp4rt  # noqa: E402
-from fp4rt.bandwidth import read_bandwidth  # noqa: E402
 from fp4rt.inspect import inspect  # noqa: E402
+from fp4rt.limits import matrix_rate, read_bandwidth  # noqa: E402
 
 FAMILIES = ("qwen3-30b-a3b", "gemma-4-26b-a4b", "gemma-4-12b", "nemotron-3-nano-30b-a3b", "nemotron-nano-9b-v2",
             "gpt-oss-20b")
@@ -36,7 +37,7 @@ CONTEXT, PREFILL, NEW_TOKENS = 512, 2048, 128
 SMALL_CARDS = {"gemma-4-26b-a4b": "22.5GiB", "nemotron-nano-9b-v2": "14.5GiB", "gemma-4-12b": "14.5GiB"}
 SMALL_CONTEXT = 2048  # tokens that a smaller card has to hold, most of them a prompt
 HEADER = ("shape", "made", "load", f"decode from {CONTEXT} tokens on, share of bandwidth", "the same, 8 sequences",
-          f"prefill of {PREFILL}", "peak memory", "plan", "experts chosen again")
+          f"prefill of {PREFILL}, share of matrix rate", "peak memory", "plan", "experts chosen again")
 
 
 def expert_choices(llm: fp4rt.LLM, ids: list[int]) -> list[np.ndarray]:
@@ -112,8 +113,9 @@ def spread(rates: list[float], digits: int = 1) -> str:
     return f"{statistics.median(rates):.{digits}f} ({rates[0]:.{digits}f} to {rates[-1]:.{digits}f})"
 
 
-def row(directory: Path, shape: str, layers: int | None, repeat: int, bandwidth: float) -> list[str]:
-    """The figures of one shape, under its headings."""
+def row(directory: Path, shape: str, layers: int | None, repeat: int, bandwidth: float,
+        flops: float) -> list[str]:
+    """The figures of one shape, under its headings; bandwidth and flops: bytes and operations per second at most."""
     with checkpoint(directory, shape, layers) as (path, made):
         room = 8 * -(-(CONTEXT + NEW_TOKENS) // 64) * 64
         memory = DeviceMemory()
@@ -128,7 +130,8 @@ def row(directory: Path, shape: str, layers: int | None, repeat: int, bandwidth:
                 memory_bytes = sequences * llm.engine.cache.plan.read_bytes(CONTEXT + NEW_TOKENS / 2)
                 step = (llm.step_bytes(sequences) + memory_bytes) / sequences
                 cells.append(f"{spread(rates)}, {statistics.median(rates) * step / bandwidth:.3f}")
-            cells.append(spread(measure(llm, 1, PREFILL, 1, repeat)[0], 0))
+            rates = measure(llm, 1, PREFILL, 1, repeat)[0]
+            cells.append(f"{spread(rates, 0)}, {statistics.median(rates) * llm.flops(head=False) / flops:.3f}")
             peak = memory.peak(llm)
             ids = llm.generate([7, 8, 9], greedy(61))[0].ids
             layers_choices = expert_choices(llm, ids)
@@ -161,11 +164,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="only so many of each shape's first layers, to try this program")
     arguments = parser.parse_args()
     bandwidth = read_bandwidth("cuda")
-    print(f"read bandwidth {bandwidth / 1e9:.0f} GB/s\n", flush=True)
+    flops = matrix_rate("cuda")
+    print(f"read bandwidth {bandwidth / 1e9:.0f} GB/s, matrix rate {flops / 1e12:.0f} TFLOP/s\n", flush=True)
     print(f"| {' | '.join(HEADER)} |\n|{' --- |' * len(HEADER)}", flush=True)
     for shape in arguments.shapes or FAMILIES:
-        print(f"| {' | '.join(row(arguments.directory, shape, arguments.layers, arguments.repeat, bandwidth))} |",
-              flush=True)
+        cells = row(arguments.directory, shape, arguments.layers, arguments.repeat, bandwidth, flops)
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

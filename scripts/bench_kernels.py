@@ -35,7 +35,7 @@ from cases import make_weight  # noqa: E402
 from fp4rt.batch import PAGE_TOKENS  # noqa: E402
 from fp4rt.ops.cuda import CudaOps, attention, mamba  # noqa: E402
 from fp4rt.ops.cuda.activation import Activation  # noqa: E402
-from fp4rt.ops.cuda.bandwidth import read_bandwidth  # noqa: E402
+from fp4rt.ops.cuda.limits import read_bandwidth  # noqa: E402
 from fp4rt.ops.cuda.linear import CudaLinear, linear  # noqa: E402
 
 LLAMA_8B = ("NVFP4:6144x4096", "NVFP4:4096x4096", "NVFP4:28672x4096:gated", "NVFP4:4096x14336", "FP8:4096x4096",

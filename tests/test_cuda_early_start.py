@@ -1,4 +1,4 @@
-"""Programmatic dependent launch: no kernel reads what the kernel in front of it has still to write, however early it starts.
+"""Programmatic dependent launch: a kernel may start early and still reads nothing too early.
 
 What the tests of operations put on the device as activations arrives late here: a kernel lets its dependents start at
 once, waits, and only then writes it over NaN.

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "fp4rt"
 # From the top down: a module may import its own floor and those after it.
 FLOORS = [
     {"cli", "__init__", "__main__"}, {"serve"}, {"async_llm"},
-    {"llm", "session", "quantize", "inspect", "perplexity", "bandwidth", "breakdown"}, {"room"},
+    {"llm", "session", "quantize", "inspect", "perplexity", "limits", "breakdown"}, {"room"},
     {"source", "text", "engine"},
     {"models"}, {"layers"}, {"loading", "rope"}, {"batch", "cache", "ops", "sampling"}, {"formats"},
     {"checkpoint", "config", "writing"}, {"errors", "driver"},

@@ -36,13 +36,16 @@ def command(model: str, prompt_tokens: int, max_tokens: int, batch: int, repeat:
     Decode's share: bytes of weights, keys and values that a step must read, over the time it takes, over the read
     bandwidth that this machine's memory shows in the same run. Of experts those count that the steps chose.
 
-    Below it, where a step's time goes: the calls of each kind of operation in a real step, with their own weights, are
+    On a GPU, the share of its matrix rate, measured in the same run, that the linears' products reach in prefill and in
+    decode (two operations for each weight and token; attention's are not counted).
+
+    Below them, where a step's time goes: the calls of each kind of operation in a real step, with their own weights, are
     repeated without the others. In the step itself they overlap (a kernel begins while the one before it ends) or wait
     for each other, which is what their sum differs by; the host's part is what decode takes beyond the repeated step.
     """
-    from fp4rt.bandwidth import read_bandwidth
     from fp4rt.breakdown import STEPS, breakdown
     from fp4rt.cache import MAX_SEQUENCES
+    from fp4rt.limits import matrix_rate, read_bandwidth
     from fp4rt.source import resolve
 
     path = resolve(model, revision=revision)
@@ -64,9 +67,13 @@ def command(model: str, prompt_tokens: int, max_tokens: int, batch: int, repeat:
                  "batch": batch, "repeat": repeat, "load_seconds": llm.load_seconds, **figures,
                  "weight_bytes": llm.weight_bytes, "step_bytes": round(step), "peak_memory_bytes": peak_memory(llm),
                  "breakdown": asdict(parts) if parts else None}
+        flops = {"prefill": llm.flops(head=False), "decode": llm.flops(head=True)}
     bandwidth = read_bandwidth(device, arch)  # only now: what it reads must not count as the model's memory
+    rate = matrix_rate(device, arch)
     found |= {"read_bandwidth": bandwidth,
-              "decode_share": figures["decode"]["median"] / batch * step / bandwidth if bandwidth else None}
+              "decode_share": figures["decode"]["median"] / batch * step / bandwidth if bandwidth else None,
+              "matrix_rate": rate,
+              "matrix_shares": {name: figures[name]["median"] * flops[name] / rate for name in flops} if rate else None}
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return
@@ -79,6 +86,10 @@ def command(model: str, prompt_tokens: int, max_tokens: int, batch: int, repeat:
     click.echo(f"{'step reads':12} {step / 1e9:10.3f} GB")
     if bandwidth:
         click.echo(f"{'bandwidth':12} {bandwidth / 1e9:10.1f} GB/s measured; decode reaches {found['decode_share']:.3f}")
+    if rate:
+        shares = found["matrix_shares"]
+        click.echo(f"{'matrix rate':12} {rate / 1e12:10.1f} TFLOP/s measured; prefill reaches {shares['prefill']:.3f}, "
+                   f"decode {shares['decode']:.3f}")
     if found["peak_memory_bytes"] is not None:
         click.echo(f"{'peak memory':12} {found['peak_memory_bytes'] / 1e9:10.3f} GB")
     click.echo(f"{'load':12} {llm.load_seconds:10.2f} s")

@@ -228,7 +228,7 @@ class Engine:
         else:
             size = min(_power_of_two(count + 1), self.scheduler.max_sequences + 1)  # one takes what tokens are left
             most, unit = (LOGITS_ROWS, ROUND_GUESSES) if guessed else (self.small, ROUND)
-            if guessed and tokens % unit == 0 and count == _power_of_two(count):
+            if tokens % unit == 0 and count == _power_of_two(count):
                 size = count  # none are left
             tokens = -(-(tokens + size - count) // unit) * unit
             if exact or tokens > min(most, self.scheduler.step_tokens) or guessed and not decoding:

@@ -197,6 +197,15 @@ def test_no_step_is_awaited_while_another_could_be_launched(watched: fp4rt.LLM):
         assert alone.ids == sequence.ids and len(sequence.logprobs) == (20 + 7 * 3 if sequence is sequences[3] else 0)
 
 
+def test_a_step_that_fills_its_sizes_is_recorded_without_anyone_besides(watched: fp4rt.LLM):
+    """A prompt of 64 tokens, the first size of a step that does not only decode, for the third time."""
+    ids = np.random.default_rng(4).integers(0, watched.engine.model.config.vocab_size, (3, 64)).tolist()
+    found = [watched.generate(one, greedy(5))[0].ids for one in ids]
+    assert {sizes.sequences for sizes, step in watched.engine._recorded.items() if step and sizes.tokens == 64} == {1}
+    watched.ops.lookahead = 0
+    assert found == [watched.generate(one, greedy(5))[0].ids for one in ids]
+
+
 class Odd:
     """Allows odd ids only."""
 

@@ -48,7 +48,8 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const v
                                            const RowNorm& norm, const Epilogue& e) {
     extern __shared__ uint4 shared[];
     constexpr int CHUNKS = Tile::K / 8, STEPS = Tile::K / 32, TILE = Tile::BYTES / 16;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // known to be the same for its lanes: less code
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int parts = DIVISION == UNDIVIDED ? 1 : divided;
     const int held = DIVISION == WHOLE ? parts : 1, sharing = DIVISION == WHOLE ? 1 : parts;
     const int part = blockIdx.x % sharing, block = blockIdx.x / sharing, blocks = gridDim.x / sharing;
@@ -67,23 +68,34 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const v
     uint4* const resident = reinterpret_cast<uint4*>(base + all_x);
     float* const sums = reinterpret_cast<float*>(resident + (k_tiles + sharing - 1) / sharing * x_tile);
 
-    // What is fetched next: tile i of the p-th part, and where this lane's share of it lies, in 16 bytes.
-    int fetch_row = block, fetch_i = 0, fetch_p = 0;
-    auto place = [&]() { return (unsigned)(fetch_row * k_tiles + kt(fetch_i, fetch_p)) * TILE + lane; };
+    // How many column tiles this warp has of a part: one less from part `short_from` on.
+    int most_tiles = 0;
+#pragma unroll 1
+    while (kt(most_tiles, 0) < k_tiles) most_tiles++;
+    const int short_from = k_tiles - kt(most_tiles - 1, 0);
+    auto tiles = [&](int p) { return most_tiles - (DIVISION == WHOLE && p >= short_from); };
+
+    // What is fetched next: how many tiles of the p-th part are left, none behind the last row tile, and where this
+    // lane's share of the next one lies, in 16 bytes.
+    int fetch_row = block, fetch_p = 0, fetch_left = most_tiles;
+    auto place = [&]() { return (unsigned)(fetch_row * k_tiles + kt(0, fetch_p)) * TILE + lane; };
     unsigned tile = place();
     auto fetch = [&](unsigned slot) {
-        while (fetch_row < row_tiles && kt(fetch_i, fetch_p) >= k_tiles) {
-            fetch_i = 0;
-            if (++fetch_p == held) fetch_p = 0, fetch_row += blocks;
-            tile = place();
-        }
-        if (fetch_row < row_tiles) {
+        if (fetch_left) {
+            unsigned char* const to = base + slot + lane * 16;
+            const uint4* const from = reinterpret_cast<const uint4*>(weights) + tile;
 #pragma unroll
             for (int i = 0; i < TILE; i += 32)
-                if (i + 32 <= TILE || lane < TILE - i)
-                    copy_streamed(base + slot + (i + lane) * 16, reinterpret_cast<const uint4*>(weights) + tile + i);
-            fetch_i++;
+                if (i + 32 <= TILE || lane < TILE - i) copy_streamed(to + i * 16, from + i);
             tile += WARPS * parts * TILE;
+            if (!--fetch_left) {
+                do {
+                    if (DIVISION != WHOLE || ++fetch_p == held) fetch_p = 0, fetch_row += blocks;
+                    if (fetch_row >= row_tiles) break;
+                    fetch_left = tiles(fetch_p);
+                } while (DIVISION == WHOLE && !fetch_left);
+                tile = place();
+            }
         }
         copy_commit();
     };
@@ -215,7 +227,7 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const v
             float acc[1][4] = {};
             unsigned x_at = even + x_place(0, p) * 16;
 #pragma unroll 1
-            for (int i = 0; kt(i, p) < k_tiles; i++) {
+            for (int left = tiles(p); left; left--) {
                 copy_wait<DEPTH - 1>();
                 __syncwarp();
                 const uint4* x_even = reinterpret_cast<const uint4*>(base + x_at);

@@ -58,7 +58,7 @@ class Kind:
 @dataclass(frozen=True)
 class Breakdown:
     """step: seconds of whole steps, replayed without the host. Kinds overlap in a step, and between them it may wait:
-    their sum is less or more. experts_read: the share of a layer's experts that the steps chose (None: no experts)."""
+    their sum is less or more. experts_read: the share of a layer's experts that the steps took (None: no experts)."""
 
     step: Spread
     kinds: tuple[Kind, ...]
@@ -146,15 +146,15 @@ def _calls_of(ops: Ops, step: Callable[[], Any]) -> list[_Call]:
 def _measure(llm: LLM, lengths: list[int], step: Callable[[], Any], tokens: int, repeats: int) -> Breakdown:
     ops, names = llm.ops, {id(one.linear): one for one in llm.linears}
     watched = max(1, min(STEPS, tokens // 4))
-    shares: dict[int, list[float]] = {}  # of a layer's experts (known by their weight), that each step chose
+    shares: dict[int, list[float]] = {}  # of a layer's experts (known by their weight), that each step took
     for _ in range(watched):
         calls = _calls_of(ops, step)
         for call in calls:
             if call.operation == "experts":
                 choice, up = call.arguments["choice"], call.arguments["up"]
                 ids = choice[0] if isinstance(choice, tuple) else choice.ids
-                chosen = len(np.unique(ops.fetch(ids).result()))
-                shares.setdefault(id(up), []).append(chosen / names[id(up)].experts)
+                taken = len(np.unique(ops.fetch(ids).result()))
+                shares.setdefault(id(up), []).append(taken / names[id(up)].experts)
     experts_read = {layer: statistics.mean(found) for layer, found in shares.items()}
 
     kinds: dict[tuple[str, str], list[_Call]] = {}

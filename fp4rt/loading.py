@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fp4rt.checkpoint import Scope
 from fp4rt.errors import Fp4rtError
-from fp4rt.formats import ExpertShape, Weight, read_experts, read_kv_scales, read_vector, read_weight
+from fp4rt.formats import (ExpertShape, Weight, count_parts, read_experts, read_kv_scales, read_vector, read_weight,
+                           split)
 from fp4rt.ops import AttentionShape, Linear, MambaShape, Ops
 
 KV_DTYPES = ("auto", "fp8")
@@ -18,23 +19,35 @@ KV_DTYPES = ("auto", "fp8")
 
 @dataclass(frozen=True)
 class Loaded:
-    """One linear as loaded: its parts' names, formats and bytes in the file, and the backend's handle."""
+    """One linear as loaded: its parts' names, formats and bytes in the file, and the backend's handle.
+
+    part_bytes: 0 for a part that lies in the file together with an earlier one.
+    """
 
     names: tuple[str, ...]
     formats: tuple[str, ...]  # "NVFP4 (of BF16)" where it was quantized on its way
     shape: tuple[int, int]  # rows of all parts, columns
     part_bytes: tuple[int, ...]
     linear: Linear
-    chosen: int = 0    # of experts, how many a token takes; 0: not experts
-    experts: int = 0   # of how many
+    experts: int = 0   # it is the same linear of so many; 0: not experts
+    chosen: int = 0    # how many of them a token chooses
+    always: int = 0    # how many of them, the last ones, every token takes besides
     is_head: bool = False  # of which a prompt needs its last token's row alone
 
+    @property
+    def stored(self) -> int:
+        """How many linears of the file these are."""
+        return sum(nbytes > 0 for nbytes in self.part_bytes)
+
     def read(self, tokens: int = 1) -> float:
-        """The share of it that a step of so many tokens reads: of experts, those expected to be chosen by any.
+        """The share of it that a step of so many tokens reads: of experts, those expected to be taken by any.
 
         Expected as if each token chose at random; tokens that choose alike read fewer.
         """
-        return 1 - (1 - self.chosen / self.experts) ** tokens if self.experts else 1.0
+        if not self.experts:
+            return 1.0
+        routed = self.experts - self.always
+        return (self.always + routed * (1 - (1 - self.chosen / routed) ** tokens)) / self.experts
 
 
 def _as_stored(weight: Weight, place: str) -> Weight:
@@ -89,17 +102,36 @@ class Loader:
 
     def experts(self, scope: Scope, shape: ExpertShape, top_k: int) -> tuple[Linear, Linear]:
         """The experts below `scope`, of which a token takes top_k: (gate and) up, and down."""
-        handles = []
-        for experts, gated in zip(read_experts(scope, shape), (shape.gated, False)):
-            taken = [[self.requantize(part, "layers") for part in expert] for expert in experts]
-            handle = self.ops.expert_weight(taken, gated=gated)
-            parts = [part for expert in experts for part in expert]
-            self.linears.append(Loaded(tuple(p.name for p in parts),
-                                       _formats(parts, [part for expert in taken for part in expert]),
-                                       (sum(p.shape[0] for p in parts), parts[0].shape[1]),
-                                       tuple(p.nbytes for p in parts), handle, top_k, shape.num_experts))
-            handles.append(handle)
-        return handles[0], handles[1]
+        up, down = read_experts(scope, shape)
+        return self._experts(up, top_k, gated=shape.gated), self._experts(down, top_k)
+
+    def experts_and_shared(self, scope: Scope, shape: ExpertShape, top_k: int, shared_up: Sequence[Weight],
+                           shared_down: Weight) -> tuple[Linear, Linear, int]:
+        """The same with a shared expert, and as how many experts behind the others it was taken (Routing.always).
+
+        0, and the shared expert remains to be loaded by itself, where the backend prefers that or the two do not fit.
+        """
+        up, down = read_experts(scope, shape)
+        count = count_parts(shared_up, shared_down, up[0], down[0][0]) if self.ops.shared_as_experts else 0
+        return (self._experts(up, top_k, gated=shape.gated, shared=shared_up, count=count, axis=0),
+                self._experts(down, top_k, shared=[shared_down], count=count, axis=1), count)
+
+    def _experts(self, experts: list[list[Weight]], top_k: int, *, gated: bool = False, shared: Sequence[Weight] = (),
+                 count: int = 0, axis: int = 0) -> Linear:
+        """shared: parts of the same linear of a shared expert, split into those of `count` experts along an axis."""
+        taken = [[self.requantize(part, "layers") for part in expert] for expert in experts]
+        part_bytes = [part.nbytes for expert in experts for part in expert]
+        if count:  # quantized as a whole, so that its values do not depend on the backend
+            experts = experts + _transposed(split(part, count, axis) for part in shared)
+            taken += _transposed(split(self.requantize(part, "layers"), count, axis) for part in shared)
+            part_bytes += [part.nbytes for part in shared] + [0] * (count - 1) * len(shared)
+        handle = self.ops.expert_weight(taken, gated=gated)
+        parts = [part for expert in experts for part in expert]
+        self.linears.append(Loaded(tuple(p.name for p in parts),
+                                   _formats(parts, [part for expert in taken for part in expert]),
+                                   (sum(p.shape[0] for p in parts), parts[0].shape[1]),
+                                   tuple(part_bytes), handle, len(experts), top_k, count))
+        return handle
 
     def vector(self, scope: Scope, suffix: str, size: int) -> Any:
         self.norm_bytes += 4 * size
@@ -138,7 +170,7 @@ class Loader:
     def step_bytes(self, tokens: int = 1, experts: float | None = None) -> int:
         """Bytes of weights that a decode step of so many sequences reads; of the token table it reads a row for each.
 
-        experts: the share of a layer's experts that are chosen; None: as Loaded.read expects.
+        experts: the share of a layer's experts that are taken; None: as Loaded.read expects.
         """
         read = sum(one.linear.nbytes * (one.read(tokens) if experts is None or not one.experts else experts)
                    for one in self.linears)
@@ -154,7 +186,7 @@ class Loader:
         for loaded in self.linears:
             formats = "+".join(dict.fromkeys(loaded.formats))
             kinds.setdefault((formats, loaded.linear.kernel, loaded.linear.reason), []).append(loaded)
-        lines = [f"{sum(len(one.names) for one in group)} {formats} linears, "
+        lines = [f"{sum(one.stored for one in group)} {formats} linears, "
                  f"{sum(one.linear.nbytes for one in group) / 1e6:.1f} MB: {kernel} ({reason})"
                  for (formats, kernel, reason), group in kinds.items()]
         for scaled, count in self.fp8_layers.items():
@@ -178,5 +210,11 @@ def different_layers(linears: Sequence[Loaded], memory: Sequence[AttentionShape 
     return list(kinds.values())
 
 
+def _transposed(parts: Iterable[Sequence[Weight]]) -> list[list[Weight]]:
+    """Of each part its pieces, to the parts of each piece."""
+    return [list(piece) for piece in zip(*parts)]
+
+
 def _formats(weights: list[Weight], taken: list[Weight]) -> tuple[str, ...]:
-    return tuple(new.format if new is old else f"{new.format} (of {old.format})" for old, new in zip(weights, taken))
+    return tuple(new.format if new.format == old.format else f"{new.format} (of {old.format})"
+                 for old, new in zip(weights, taken))

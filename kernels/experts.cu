@@ -18,11 +18,11 @@ __device__ __forceinline__ int block_sum(int value, int* shared) {
 
 // A counting sort of (token, slot) pairs by expert that keeps their order; block e places those of expert e.
 // places[pair]: its place in the sorted order; rows[place]: pair / pairs_of_x, its row of the activations. blocks: for
-// each block_size places or fewer of one expert, {expert, first place, end, 0}; the rest up to max_blocks is empty.
-// ids outside 0 .. E-1 would belong to nobody. Dynamic shared memory: int [E].
+// each block_size places or fewer of one expert below in_blocks, {expert, first place, end, 0}; the rest up to
+// max_blocks is empty. ids outside 0 .. E-1 would belong to nobody. Dynamic shared memory: int [E].
 extern "C" __global__ void __launch_bounds__(THREADS)
-    group_by_expert(const int* ids, int pairs, int pairs_of_x, int block_size, int max_blocks, int* places, int* rows,
-                    int4* blocks) {
+    group_by_expert(const int* ids, int pairs, int pairs_of_x, int in_blocks, int block_size, int max_blocks,
+                    int* places, int* rows, int4* blocks) {
     extern __shared__ int counts[];
     __shared__ int partial[2][WARPS];
     const int expert = blockIdx.x, experts = gridDim.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -34,12 +34,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     __syncthreads();
 
     int before = 0, blocks_before = 0;
+    auto blocks_of = [&](int e) { return e < in_blocks ? (counts[e] + block_size - 1) / block_size : 0; };
     for (int e = threadIdx.x; e < expert; e += THREADS) {
         before += counts[e];
-        blocks_before += (counts[e] + block_size - 1) / block_size;
+        blocks_before += blocks_of(e);
     }
     const int first = block_sum(before, partial[0]), first_block = block_sum(blocks_before, partial[1]);
-    const int end = first + counts[expert], end_block = first_block + (counts[expert] + block_size - 1) / block_size;
+    const int end = first + counts[expert], end_block = first_block + blocks_of(expert);
     const int last = expert == experts - 1 ? max_blocks : end_block;
     for (int b = first_block + threadIdx.x; b < last; b += THREADS) {
         const int from = first + (b - first_block) * block_size;

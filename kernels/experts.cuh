@@ -12,6 +12,7 @@
 struct Choices {
     const int* ids;       // [tokens][slots]
     int tokens, slots;
+    int always, routed;   // the last `always` slots of all tokens hold experts routed, routed + 1, ...
     const float* shares;  // [tokens][slots], or null
     float* partial;       // room for [tokens][row tiles][slots][16], or null
     int* tickets;         // [tokens][row tiles], zero before and after
@@ -44,8 +45,9 @@ __device__ __forceinline__ void activations(uint4 (&chunks)[Tile::K / 32], const
 // Orders what was written before it before what is written after it, for all who see the latter.
 __device__ __forceinline__ void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
-// With `partial`, ids were ready before the predecessor began: a kernel between the one that wrote them and this one let
-// its dependents begin after its own wait. So weights are fetched before the predecessor is done.
+// Weights of known experts are fetched before the predecessor is done. With `partial` all are known, as ids were ready
+// before the predecessor began: a kernel between the one that wrote them and this one let its dependents begin after
+// its own wait (in its blocks of chosen experts).
 template <class Tile, int WARPS>
 __device__ __forceinline__ void chosen_experts(const unsigned char* weights, const __half* x, int x_slots, int K,
                                                int row_tiles, const Choices& c, const Epilogue& e) {
@@ -53,22 +55,32 @@ __device__ __forceinline__ void chosen_experts(const unsigned char* weights, con
     __shared__ float4 scales[4], biases[4];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, row = lane % 16;
     const int row_tile = blockIdx.x, k_tiles = (K + Tile::K - 1) / Tile::K;
-    if (!c.partial) wait_for_predecessor();
+    const int beyond = blockIdx.y - (c.slots - c.always);  // the slots of chosen experts
+    if (beyond >= 0 && blockIdx.z > 0) return;             // the first token's block works
+    const bool is_known = c.partial || beyond >= 0;
+    if (!is_known) wait_for_predecessor();
 
     const int* const own_id = c.ids + blockIdx.z * c.slots + blockIdx.y;
-    const int expert = c.partial ? __ldcg(own_id) : *own_id;  // before the wait, L1 may hold what was there before
+    const int expert = beyond >= 0 ? c.routed + beyond
+        : c.partial ? __ldcg(own_id) : *own_id;  // before the wait, L1 may hold what was there before
     const size_t at = (size_t)expert * row_tiles + row_tile;
     unsigned tile = (at * k_tiles + warp) * (Tile::BYTES / 16);  // in 16 bytes: half the registers of a pointer
     auto load = [&](typename Tile::Raw& to) { Tile::template load<Global>(to, weights + tile * (size_t)16, lane); };
     typename Tile::Raw raw;
     if (warp < k_tiles) load(raw);
+    if (beyond >= 0) {  // the other tiles come to L2; of chosen experts, late as they are known, that took longer
+#pragma unroll 1
+        for (int ahead = WARPS; warp + ahead < k_tiles; ahead += WARPS)
+            if (lane < (Tile::BYTES + 127) / 128)
+                prefetch(weights + (tile + ahead * (Tile::BYTES / 16)) * (size_t)16 + lane * 128);
+    }
     if (threadIdx.x < 4) {
         copy_async(&scales[threadIdx.x], e.row_scale + at * 16 + threadIdx.x * 4, 16);
         if (e.bias) copy_async(&biases[threadIdx.x], e.bias + at * 16 + threadIdx.x * 4, 16);
         copy_commit();
     }
     dependents_may_start();
-    if (c.partial) wait_for_predecessor();
+    if (is_known) wait_for_predecessor();
 
     int slot = g == blockIdx.z ? blockIdx.y : -1;  // of token g with this expert
     if (c.tokens > 1) {

@@ -197,8 +197,9 @@ __device__ __forceinline__ void record_norm(float sum, unsigned* largest) {
 #define LINEAR_ENTRIES(Tile)                                                                                           \
     extern "C" __global__ void __launch_bounds__(EXPERT_WARPS * 32, EXPERT_BLOCKS(Tile))                               \
         few_experts(const unsigned char* weights, const __half* x, int x_slots, int K, int row_tiles, const int* ids,  \
-                    int tokens, int slots, const float* shares, float* partial, int* tickets, EPILOGUE_PARAMETERS) {   \
-        const Choices choices = {ids, tokens, slots, shares, partial, tickets};                                        \
+                    int tokens, int slots, int always, int routed, const float* shares, float* partial, int* tickets,  \
+                    EPILOGUE_PARAMETERS) {                                                                             \
+        const Choices choices = {ids, tokens, slots, always, routed, shares, partial, tickets};                        \
         const Epilogue e = EPILOGUE;                                                                                   \
         chosen_experts<Tile, EXPERT_WARPS>(weights, x, x_slots, K, row_tiles, choices, e);                             \
     }

@@ -16,7 +16,7 @@ constexpr int PARTS = 8;     // blocks of `route_few` for a token: where there a
 struct Rule {
     const float* correction;    // [experts] or null
     const float* expert_scale;  // [experts] or null
-    int experts, top_k, sigmoid, normalize;
+    int experts, top_k, always, sigmoid, normalize;
     float scaling;
     int groups, groups_kept;
 };
@@ -63,7 +63,8 @@ __device__ __forceinline__ void prepare(const Rule& rule, float* shared) {
 }
 
 // A block, for one token, after `prepare`. All sums in a fixed order; of equal scores the lowest index; a NaN last, so
-// that ids are distinct whatever the logits. Loops are not unrolled: a step's kernels share the instruction cache.
+// that ids are distinct whatever the logits. Behind the chosen experts come those that every token takes. Loops are
+// not unrolled: a step's kernels share the instruction cache.
 __device__ __forceinline__ void choose(const Rule& rule, float* shared, int* ids, float* weights) {
     __shared__ float maxima[WARPS], totals[WARPS];
     const int experts = rule.experts, groups = rule.groups, quads = (experts + 3) / 4;
@@ -151,20 +152,25 @@ __device__ __forceinline__ void choose(const Rule& rule, float* shared, int* ids
     for (int slot = threadIdx.x; slot < rule.top_k; slot += 32) total += scores[chosen[slot]];
     const float scale = rule.normalize ? rule.scaling / (warp_sum(total) + 1e-20f) : rule.scaling;
 #pragma unroll 1
-    for (int slot = threadIdx.x; slot < rule.top_k; slot += 32) {
-        const int expert = chosen[slot];
-        const float weight = scores[expert] * scale;
+    for (int slot = threadIdx.x; slot < rule.top_k + rule.always; slot += 32) {
+        int expert = experts + slot - rule.top_k;
+        float weight = 1.0f;
+        if (slot < rule.top_k) {
+            expert = chosen[slot];
+            weight = scores[expert] * scale;
+            if (rule.expert_scale) weight *= expert_scales[expert];
+        }
         ids[slot] = expert;
-        weights[slot] = rule.expert_scale ? weight * expert_scales[expert] : weight;
+        weights[slot] = weight;
     }
 }
 
 #define RULE_PARAMETERS                                                                                                \
-    const float *correction, const float *expert_scale, int experts, int top_k, int sigmoid, int normalize,            \
-        float scaling, int groups, int groups_kept
-#define RULE {correction, expert_scale, experts, top_k, sigmoid, normalize, scaling, groups, groups_kept}
+    const float *correction, const float *expert_scale, int experts, int top_k, int always, int sigmoid,               \
+        int normalize, float scaling, int groups, int groups_kept
+#define RULE {correction, expert_scale, experts, top_k, always, sigmoid, normalize, scaling, groups, groups_kept}
 
-// One block per token. logits [T][experts]; ids, weights [T][top_k]. Dynamic shared memory: `room`.
+// One block per token. logits [T][experts]; ids, weights [T][top_k + always]. Dynamic shared memory: `room`.
 extern "C" __global__ void __launch_bounds__(THREADS)
     route(const float* logits, int* ids, float* weights, RULE_PARAMETERS) {
     extern __shared__ __align__(16) float shared[];
@@ -175,7 +181,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll 1
     for (int e = threadIdx.x; e < experts; e += THREADS)
         logits_in(shared, rule)[e] = logits[(size_t)blockIdx.x * experts + e];
-    choose(rule, shared, ids + (size_t)blockIdx.x * top_k, weights + (size_t)blockIdx.x * top_k);
+    const size_t first = (size_t)blockIdx.x * (top_k + always);
+    choose(rule, shared, ids + first, weights + first);
 }
 
 // Few tokens: x float32 [T][K] -> norm -> router -> choice, grid (PARTS, T). A token's blocks share out the tiles of 64
@@ -340,7 +347,8 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 2)
                 for (int p = 0; p < PARTS; p++) sum += from[p * stride];
             logits_in(shared, rule)[e] = sum * scales[e] * inverse + biases[e];
         }
-        choose(rule, shared, ids + (size_t)token * top_k, weights + (size_t)token * top_k);
+        const unsigned first = token * (top_k + always);
+        choose(rule, shared, ids + first, weights + first);
     }
 #if __CUDA_ARCH__ >= 900
 #pragma unroll 1

@@ -30,6 +30,7 @@ from make_checkpoint import SHAPES, cut, write  # noqa: E402
 import fp4rt  # noqa: E402
 from fp4rt.inspect import inspect  # noqa: E402
 from fp4rt.limits import matrix_rate, read_bandwidth  # noqa: E402
+from fp4rt.ops import Routing  # noqa: E402
 
 FAMILIES = ("qwen3-30b-a3b", "gemma-4-26b-a4b", "gemma-4-12b", "nemotron-3-nano-30b-a3b", "nemotron-nano-9b-v2",
             "gpt-oss-20b")
@@ -42,12 +43,12 @@ HEADER = ("shape", "made", "load", f"decode from {CONTEXT} tokens on, share of b
 
 def expert_choices(llm: fp4rt.LLM, ids: list[int]) -> list[np.ndarray]:
     """The experts that each of these tokens chooses, int32 [T, k] for each layer that has experts; up to 64 tokens."""
-    found: list[Any] = []
+    found: list[tuple[Any, int]] = []
     route = llm.ops.route
 
-    def recorded(*args: Any, **options: Any) -> Any:
-        choice = route(*args, **options)
-        found.append(llm.ops.fetch(choice.ids if hasattr(choice, "ids") else choice[0]))
+    def recorded(x: Any, router: Any, routing: Routing, **options: Any) -> Any:
+        choice = route(x, router, routing, **options)
+        found.append((llm.ops.fetch(choice.ids if hasattr(choice, "ids") else choice[0]), routing.top_k))
         return choice
 
     llm.ops.route = recorded
@@ -55,7 +56,7 @@ def expert_choices(llm: fp4rt.LLM, ids: list[int]) -> list[np.ndarray]:
         llm.logits(ids)
     finally:
         llm.ops.route = route
-    return [one.result() for one in found]
+    return [ids.result()[:, :chosen] for ids, chosen in found]
 
 
 def repeated(experts: np.ndarray) -> float:

@@ -139,7 +139,8 @@ class RouteCase:
     def __str__(self) -> str:
         r = self.routing
         groups = f"-{r.groups_kept}of{r.groups}" if r.groups > 1 else ""
-        return f"{self.tokens}x{self.k}-{r.top_k}of{r.num_experts}-{r.scoring}{groups}{'-norm' if self.norm else ''}"
+        always = f"+{r.always}" if r.always else ""
+        return f"{self.tokens}x{self.k}-{r.top_k}of{r.num_experts}{always}-{r.scoring}{groups}{'-norm' * self.norm}"
 
     def build(self):
         """(router weight, x float32 [T, K], norm or None, correction [E] or None, expert_scale [E] or None)."""
@@ -162,6 +163,9 @@ ROUTE = [
       for t in (2, 33)],
     *[RouteCase(t, 2880, Routing(32, 4), norm=True, bias=True) for t in (1, 8)],
     *[RouteCase(t, 2688, Routing(128, 6, "sigmoid", scaling=2.5), "F32", norm=True, correction=True) for t in (1, 6)],
+    *[RouteCase(t, 96, Routing(128, 6, "sigmoid", scaling=2.5, always=2), "F32", norm=True, correction=True)
+      for t in (1, 8, 20)],                                                                          # Nemotron 3
+    RouteCase(5, 64, Routing(16, 2, always=3), expert_scale=True),
     *[RouteCase(t, 99, Routing(20, 3, groups=5, groups_kept=2), norm=True) for t in (2, 8)],          # odd K
     *[RouteCase(t, 1024, Routing(512, 22, "sigmoid", scaling=5.0), "F32", norm=True, correction=True) for t in (1, 8)],
     RouteCase(5, 64, Routing(8, 2, normalize=False)),
@@ -173,7 +177,8 @@ ROUTE = [
 
 @dataclass(frozen=True)
 class ExpertsCase:
-    """T tokens that each take top_k of E experts, [hidden] -> [inner] -> [hidden], as `kind` and `down_kind`."""
+    """T tokens that each take top_k of E experts, and all of them the last `always` of these, with weight 1:
+    [hidden] -> [inner] -> [hidden], as `kind` and `down_kind`."""
 
     tokens: int
     num_experts: int
@@ -187,10 +192,12 @@ class ExpertsCase:
     norm: bool = True
     residual: bool = True
     pre_quant_scale: bool = False
+    always: int = 0
 
     def __str__(self) -> str:
         flags = "".join(f"-{name}" for name in ("bias", "norm", "residual", "pre_quant_scale") if getattr(self, name))
-        return (f"{self.tokens}x{self.top_k}of{self.num_experts}-{self.hidden}-{self.inner}-{self.kind}"
+        return (f"{self.tokens}x{self.top_k}of{self.num_experts}{f'-{self.always}always' if self.always else ''}"
+                f"-{self.hidden}-{self.inner}-{self.kind}"
                 f"{'+' + self.down_kind if self.down_kind else ''}-{self.activation}{flags}")
 
     def build(self):
@@ -208,13 +215,16 @@ class ExpertsCase:
               for _ in range(self.num_experts)]
         down = [parts(self.down_kind or self.kind, 1, self.hidden, self.inner) for _ in range(self.num_experts)]
         x = rng.standard_normal((self.tokens, self.hidden)).astype(np.float32)
-        popular = np.arange(self.num_experts) < max(self.top_k, self.num_experts // 2)  # some experts have no tokens
-        ids = np.array([rng.permutation(np.flatnonzero(popular) if t % 3 else self.num_experts)[:self.top_k]
-                        for t in range(self.tokens)], np.int32)
+        routed, chosen = self.num_experts - self.always, self.top_k - self.always
+        popular = np.arange(routed) < max(chosen, routed // 2)  # some experts have no tokens
+        ids = np.array([[*rng.permutation(np.flatnonzero(popular) if t % 3 else routed)[:chosen],
+                         *range(routed, self.num_experts)] for t in range(self.tokens)], np.int32)
         weights = rng.uniform(0.1, 1, ids.shape).astype(np.float32)
+        weights /= weights[:, :chosen].sum(axis=1, keepdims=True)
+        weights[:, chosen:] = 1
         norm = (rng.uniform(0.5, 1.5, self.hidden).astype(np.float32), 1e-5) if self.norm else None
         residual = rng.standard_normal(x.shape).astype(np.float32) if self.residual else None
-        return up, down, x, ids, weights / weights.sum(axis=1, keepdims=True), norm, residual
+        return up, down, x, ids, weights, norm, residual
 
 
 EXPERTS = [
@@ -228,6 +238,9 @@ EXPERTS = [
     *[ExpertsCase(t, 6, 2, 96, 80, "NVFP4", "BF16", pre_quant_scale=True) for t in (2, 30)],
     *[ExpertsCase(t, 6, 2, 99, 50, "BF16") for t in (2, 30)],                                        # odd K
     *[ExpertsCase(t, 6, 4, 2304, 1600, "MXFP4", activation="swiglu_oai", bias=True) for t in (1, 8)],
+    *[ExpertsCase(t, 18, 5, 160, 112, activation="relu2", always=2) for t in (1, 8, 9, 70)],         # Nemotron 3
+    ExpertsCase(8, 7, 4, 96, 80, "NVFP4", "BF16", pre_quant_scale=True, residual=False, always=1),
+    ExpertsCase(1100, 7, 5, 160, 208, activation="relu2", always=2), ExpertsCase(1030, 4, 3, 96, 128, "FP8", always=1),
     ExpertsCase(4, 1, 1, 512, 1040), ExpertsCase(100, 1, 1, 512, 1040), ExpertsCase(600, 4, 4, 2048, 768),
 ]
 

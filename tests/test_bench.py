@@ -15,6 +15,7 @@ from fp4rt.breakdown import OPERATIONS, breakdown
 from fp4rt.cli import main
 from fp4rt.ops import Ops
 from fp4rt.ops.cpu.bandwidth import read_bandwidth
+from fp4rt.ops.reference import ReferenceOps
 from tiny import make_checkpoint
 
 
@@ -58,7 +59,7 @@ def test_flops(checkpoint: Path):
     with fp4rt.load(moe, device="reference") as llm:
         experts = [one for one in llm.linears if one.experts]
         others = sum(one.shape[0] * one.shape[1] for one in llm.linears if not one.experts)
-        of_token = sum(one.shape[0] // one.experts * one.chosen * one.shape[1] for one in experts)
+        of_token = sum(one.shape[0] // one.experts * (one.chosen + one.always) * one.shape[1] for one in experts)
         assert experts and llm.flops(head=True) == pytest.approx(2 * (others + of_token))
 
 
@@ -108,12 +109,14 @@ def test_breakdown(checkpoint: Path, backend: str):
 
 
 @each_backend
-def test_experts_that_are_read(backend: str):
-    """What a step's tokens chose, counted once each."""
-    path = Path(__file__).parent / "checkpoints" / "qwen3-moe-modelopt-nvfp4-kvfp8"
-    with fp4rt.load(path, max_model_len=256, **BACKENDS[backend][0]) as llm:
+@pytest.mark.parametrize("name", ["qwen3-moe-modelopt-nvfp4-kvfp8", "nemotron-h-moe-modelopt-nvfp4"])
+def test_experts_that_are_read(name: str, backend: str, monkeypatch: pytest.MonkeyPatch):
+    """What a step's tokens took, counted once each; of a shared expert all."""
+    monkeypatch.setattr(ReferenceOps, "shared_as_experts", True)
+    with fp4rt.load(Path(__file__).parent / "checkpoints" / name, max_model_len=256, **BACKENDS[backend][0]) as llm:
         routing = llm.engine.model.config.routing
-        least = routing.top_k / routing.num_experts
+        always = 2 * name.startswith("nemotron")  # a shared expert of twice the others' width
+        least = (routing.top_k + always) / (routing.num_experts + always)
         alone = breakdown(llm, [[5, 9, 2]], 12, 1)
         assert alone.experts_read == pytest.approx(least)
         together = breakdown(llm, [[5, 9, 2], [100, 3], [7, 7, 7, 8], [42]], 12, 1)
@@ -121,7 +124,7 @@ def test_experts_that_are_read(backend: str):
         for found in (alone, together):
             counted = sum(kind.bytes for kind in found.kinds if kind.operation == "experts")
             held = sum(one.linear.nbytes for one in llm.linears if one.experts)
-            assert counted == pytest.approx(found.experts_read * held, rel=1e-6)
+            assert counted == pytest.approx(found.experts_read * held, rel=1e-6, abs=0.5)  # whole bytes
         assert llm.step_bytes(1) == llm.step_bytes(4, least) < llm.step_bytes(4) < llm.step_bytes(4, 1.0)
 
 

@@ -99,18 +99,22 @@ def test_route(ops, case: RouteCase):  # noqa: F811
     logits, error = product(weight, inputs, np.zeros_like(inputs), norm is not None)
     expected_ids, _ = choose(logits, case.routing, correction, scale)
     # The weights of what was chosen; the same experts, unless their scores are as near as the logits' errors.
-    everything = dataclasses.replace(case.routing, top_k=case.routing.num_experts, normalize=False, scaling=1.0, groups=1)
+    routing = case.routing
+    np.testing.assert_array_equal(ids[:, routing.top_k:], expected_ids[:, routing.top_k:])
+    assert (weights[:, routing.top_k:] == 1).all() and ids.shape[1] == weights.shape[1] == routing.slots
+    assert (np.abs(weights).sum(axis=1) <= choice.total).all() and choice.always == routing.always
+    ids, weights, expected_ids = (array[:, :routing.top_k] for array in (ids, weights, expected_ids))
+    everything = Routing(routing.num_experts, routing.num_experts, routing.scoring, normalize=False)
     order, scores = choose(logits, everything, None, None)
     score = np.empty_like(scores)
     np.put_along_axis(score, order, scores, axis=1)
     chosen = np.take_along_axis(score, ids, axis=1)
-    expected = chosen / (chosen.sum(axis=1, keepdims=True) if case.routing.normalize else 1) * case.routing.scaling
+    expected = chosen / (chosen.sum(axis=1, keepdims=True) if routing.normalize else 1) * routing.scaling
     if scale is not None:
         expected = expected * scale[ids]
     tolerance = 2 * error.max() + 1e-6
     np.testing.assert_allclose(weights, expected, rtol=2 * tolerance, atol=1e-7)
     assert all(len(set(row)) == len(row) for row in ids.tolist())
-    assert (np.abs(weights).sum(axis=1) <= choice.total).all()
     ranked = score if correction is None else score + correction
     assert np.abs(np.take_along_axis(ranked, ids, axis=1) - np.take_along_axis(ranked, expected_ids, axis=1)).max() <= tolerance
     if norm is None:
@@ -187,18 +191,18 @@ def test_a_route_hands_on_the_normed_rows(ops, case: RouteCase):  # noqa: F811
     np.testing.assert_allclose(routed(ops, case, slice(None))[2], y, rtol=1.01 * HALF, atol=1e-6)
 
 
-def choice_of(ops, ids: np.ndarray, weights: np.ndarray):  # noqa: F811
+def choice_of(ops, ids: np.ndarray, weights: np.ndarray, always: int = 0):  # noqa: F811
     from fp4rt.ops.cuda.route import Choice
 
-    return Choice(ops.gpu.upload(ids), ops.gpu.upload(weights), float(weights.sum(axis=1).max()) * 1.001)
+    return Choice(ops.gpu.upload(ids), ops.gpu.upload(weights), float(weights.sum(axis=1).max()) * 1.001, always)
 
 
 def run(ops, case: ExpertsCase, rows: slice = slice(None), weights=None):  # noqa: F811
     up, down, x, ids, shares, norm, residual = case.build()
     weights = weights or (ops.expert_weight(up, gated=case.activation != "relu2"), ops.expert_weight(down))
     given = residual_stream(ops, x[rows]) if norm else activation(ops, x[rows])
-    return ops.experts(given, choice_of(ops, ids[rows], shares[rows]), *weights, activation=case.activation,
-                       norm=norm and ops.norm_weight(*norm),
+    choice = choice_of(ops, ids[rows], shares[rows], case.always)
+    return ops.experts(given, choice, *weights, activation=case.activation, norm=norm and ops.norm_weight(*norm),
                        residual=None if residual is None else residual_stream(ops, residual[rows])), weights
 
 

@@ -34,7 +34,7 @@ def command(model: str, prompt_tokens: int, max_tokens: int, batch: int, repeat:
     """Time random prompts of ids, greedy, past any end-of-text token.
 
     Decode's share: bytes of weights, keys and values that a step must read, over the time it takes, over the read
-    bandwidth that this machine's memory shows in the same run. Of experts those count that the steps chose.
+    bandwidth that this machine's memory shows in the same run. Of experts those count that the steps took.
 
     On a GPU, the share of its matrix rate, measured in the same run, that the linears' products reach in prefill and in
     decode (two operations for each weight and token; attention's are not counted).
@@ -120,7 +120,7 @@ def table(parts: Breakdown, decode: float, bandwidth: float | None) -> Iterator[
               spread=f"{parts.step.min * 1e6:9.1f} {parts.step.max * 1e6:9.1f}")
     yield row("the host, beyond that", decode - whole)
     if parts.experts_read is not None:
-        yield f"a step chose {parts.experts_read:.3f} of each layer's experts"
+        yield f"a step took {parts.experts_read:.3f} of each layer's experts"
 
 
 def context_for(path: Any, tokens: int) -> int:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from fp4rt.checkpoint import Scope
 from fp4rt.config import Config
-from fp4rt.formats import ExpertShape, read_vector
+from fp4rt.formats import ExpertShape, read_vector, read_weight
 from fp4rt.layers import Decoder, Progress
 from fp4rt.loading import Loader
 from fp4rt.ops import AttentionShape, MambaShape, Routing
@@ -166,26 +166,31 @@ class MoE:
 
     def __init__(self, scope: Scope, sizes: Sizes, load: Loader):
         hidden, latent, routing = sizes.hidden_size, sizes.moe_latent_size, sizes.routing
-        self.ops, self.routing = load.ops, routing
+        shared, width = scope.at("shared_experts"), sizes.moe_shared_expert_intermediate_size
+        self.ops = load.ops
         self.gate = load.router(scope, "gate", routing.num_experts, hidden)
         self.correction = load.vector(scope, "gate.e_score_correction_bias", routing.num_experts)
         self.fc1_latent_proj = load.linear(scope, {"fc1_latent_proj": latent}, hidden) if latent else None
         self.fc2_latent_proj = load.linear(scope, {"fc2_latent_proj": hidden}, latent) if latent else None
-        self.up_proj, self.down_proj = load.experts(scope.at("experts"), ExpertShape(
-            routing.num_experts, latent or hidden, sizes.moe_intermediate_size, gated=False), routing.top_k)
-        self.shared_experts = MLP(scope.at("shared_experts"), sizes, load, sizes.moe_shared_expert_intermediate_size)
+        self.up_proj, self.down_proj, always = load.experts_and_shared(
+            scope.at("experts"),
+            ExpertShape(routing.num_experts, latent or hidden, sizes.moe_intermediate_size, gated=False), routing.top_k,
+            [read_weight(shared.at("up_proj"), width, hidden, bias=sizes.mlp_bias)],
+            read_weight(shared.at("down_proj"), hidden, width, bias=sizes.mlp_bias))
+        self.routing = replace(routing, always=always)
+        self.shared_experts = None if always else MLP(shared, sizes, load, width)
 
     def __call__(self, h: Any, norm: Any, batch: Any, memory: None) -> Any:
         ops = self.ops
         choice = ops.route(h, self.gate, self.routing, norm=norm, correction=self.correction)
-        shared = ops.linear(h, self.shared_experts.up_proj, norm=norm, activation="relu2")
+        shared = self.shared_experts and ops.linear(h, self.shared_experts.up_proj, norm=norm, activation="relu2")
         if self.fc1_latent_proj is None:
             h = ops.experts(h, choice, self.up_proj, self.down_proj, activation="relu2", norm=norm, residual=h)
         else:
             latent = ops.linear(h, self.fc1_latent_proj, norm=norm)
             routed = ops.experts(latent, choice, self.up_proj, self.down_proj, activation="relu2")
             h = ops.linear(routed, self.fc2_latent_proj, residual=h)
-        return ops.linear(shared, self.shared_experts.down_proj, residual=h)
+        return ops.linear(shared, self.shared_experts.down_proj, residual=h) if self.shared_experts else h
 
 
 class Layer:

@@ -85,6 +85,8 @@ class Routing:
     scoring: "softmax" over all experts, or "sigmoid" of each; a correction bias, where given, is added for choosing
     only. normalize: the chosen weights are divided by their sum. scaling multiplies them at last. With groups > 1
     only experts of the groups_kept groups whose two best sum highest can be chosen. Ties go to the lowest index.
+    always: experts behind those num_experts, from number num_experts on, that every token takes besides its top_k, with
+    weight 1.
     """
 
     num_experts: int
@@ -94,6 +96,12 @@ class Routing:
     scaling: float = 1.0
     groups: int = 1
     groups_kept: int = 1
+    always: int = 0
+
+    @property
+    def slots(self) -> int:
+        """Experts that a token takes."""
+        return self.top_k + self.always
 
 
 # What may stand behind a linear. Gated ones take a gate and an up projection, g and u:
@@ -164,6 +172,7 @@ class Ops(Protocol):
     notice: str       # what a person should know before the first step; "" if there is nothing
     step_tokens: int  # tokens worth putting into one step of a long prompt
     lookahead: int    # decode steps worth queueing before the first one's ids are read (0: steps run as called)
+    shared_as_experts: bool  # whether a shared expert is best taken as some that are always chosen (Routing.always)
 
     # -- At load ------------------------------------------------------------------------------------------------
 
@@ -260,7 +269,7 @@ class Ops(Protocol):
     def route(self, x: Handle, router: Linear, routing: Routing, *, norm: Handle | None = None,
               correction: Handle | None = None, expert_scale: Handle | None = None,
               experts_norm: Handle | None = None) -> Handle:
-        """Each token's experts, int32 [T, k], and their weights, float32 [T, k]; x and norm as for `linear`.
+        """Each token's experts, int32 [T, slots], and their weights, float32 [T, slots]; x and norm as for `linear`.
 
         The router's logits are float32. correction [E] is added to the scores for choosing; expert_scale [E]
         multiplies the weights of the chosen experts at last. experts_norm: the norm that `experts` will be given for

@@ -81,14 +81,14 @@ class PlanningOps:
     or slot of a layer.
     activation_bytes: per element between operations; normed_bytes: of the copy that an RMSNorm in front of a linear
     makes (0: none); order_bytes: of the copy that a linear makes of an activation that was not handed over to it in
-    whole tiles of 128 columns. free: bytes that may be allocated, None if unknown.
+    whole tiles of 128 columns. free: bytes that may be allocated, None if unknown. shared_as_experts: as in ops.Ops.
     """
 
     name = "planning"
     lookahead = 0
 
     def __init__(self, device: str = "planning", *, step_tokens: int = 256, activation_bytes: int = 4,
-                 normed_bytes: int = 0, order_bytes: int = 0, free: int | None = None,
+                 normed_bytes: int = 0, order_bytes: int = 0, free: int | None = None, shared_as_experts: bool = False,
                  choose: Callable[..., Choice] = as_stored,
                  page_bytes: Callable[[AttentionShape], int] = lambda shape: 0,
                  state_bytes: Callable[[MambaShape], int] = lambda shape: 0,
@@ -99,7 +99,7 @@ class PlanningOps:
         self.batch_bytes, self.sampler_bytes = batch_bytes, sampler_bytes
         self._activation_bytes, self._normed_bytes = activation_bytes, normed_bytes
         self._order_bytes = order_bytes
-        self._free, self._choose = free, choose
+        self._free, self._choose, self.shared_as_experts = free, choose, shared_as_experts
         self.held = self.peak = 0
         self.table_bytes = 0
 
@@ -152,7 +152,7 @@ class PlanningOps:
         return Buffer(self, qkv.rows, shape.num_heads * shape.head_dim, self._activation_bytes)
 
     def route(self, x: Buffer, router: PlannedLinear, routing: Routing, **others: Any) -> Buffer:
-        return Buffer(self, x.rows, 2 * routing.top_k, 4)
+        return Buffer(self, x.rows, 2 * routing.slots, 4)
 
     def experts(self, x: Buffer, choice: Buffer, up: PlannedLinear, down: PlannedLinear, *, activation: str,
                 norm: Any = None, residual: Buffer | None = None) -> Buffer:
@@ -231,6 +231,7 @@ def planning_ops(device: str, arch: str | None, gpu_memory: int | None, determin
 
 
 def _planning_cuda(device: str, step_tokens: int, free: int | None, orders: bool) -> PlanningOps:
+    from fp4rt.ops.cuda import CudaOps
     from fp4rt.ops.cuda.attention import kv_page_bytes
     from fp4rt.ops.cuda.batch import batch_bytes
     from fp4rt.ops.cuda.mamba import mamba_state_bytes
@@ -238,5 +239,6 @@ def _planning_cuda(device: str, step_tokens: int, free: int | None, orders: bool
     from fp4rt.ops.cuda.sample import sampler_bytes
 
     return PlanningOps(device, step_tokens=step_tokens, activation_bytes=2, normed_bytes=2,
-                       order_bytes=2 if orders else 0, free=free, choose=plan_linear, page_bytes=kv_page_bytes,
-                       state_bytes=mamba_state_bytes, batch_bytes=batch_bytes, sampler_bytes=sampler_bytes)
+                       order_bytes=2 if orders else 0, free=free, shared_as_experts=CudaOps.shared_as_experts,
+                       choose=plan_linear, page_bytes=kv_page_bytes, state_bytes=mamba_state_bytes,
+                       batch_bytes=batch_bytes, sampler_bytes=sampler_bytes)

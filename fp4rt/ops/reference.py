@@ -63,7 +63,7 @@ def softplus(x: np.ndarray) -> np.ndarray:
 
 def choose(logits: np.ndarray, routing: Routing, correction: np.ndarray | None,
            expert_scale: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Router logits [T, E] to the chosen experts [T, k] and their weights, best first."""
+    """Router logits [T, E] to the experts [T, slots] and their weights: the chosen ones, best first, then all tokens'."""
     if routing.scoring == "softmax":
         scores = np.exp(logits - logits.max(axis=1, keepdims=True))
         scores /= scores.sum(axis=1, keepdims=True)
@@ -82,7 +82,11 @@ def choose(logits: np.ndarray, routing: Routing, correction: np.ndarray | None,
     if routing.normalize:
         weights = weights / (weights.sum(axis=1, keepdims=True) + np.float32(1e-20))
     weights = weights * np.float32(routing.scaling)
-    return ids.astype(np.int32), weights if expert_scale is None else weights * expert_scale[ids]
+    if expert_scale is not None:
+        weights = weights * expert_scale[ids]
+    always = np.broadcast_to(routing.num_experts + np.arange(routing.always), (len(ids), routing.always))
+    return (np.concatenate([ids, always], axis=1, dtype=np.int32),
+            np.concatenate([weights, np.ones(always.shape, weights.dtype)], axis=1))
 
 
 def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, first: int, shape: AttentionShape,
@@ -260,6 +264,7 @@ class ReferenceOps:
     notice = ""
     step_tokens = 256
     lookahead = 0
+    shared_as_experts = False
 
     def __init__(self, deterministic: bool = False):
         self.deterministic = deterministic

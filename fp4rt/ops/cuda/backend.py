@@ -47,6 +47,7 @@ class CudaOps:
     notice = ""
     step_tokens = 2048
     lookahead = 4
+    shared_as_experts = True  # linears of a few MB cost the time between kernels, not that of their bytes
 
     def __init__(self, arch: str | None = None, gpu_memory: int | None = None, deterministic: bool = False):
         self.gpu = Device(arch, gpu_memory)

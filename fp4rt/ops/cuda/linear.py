@@ -144,7 +144,7 @@ def linear(device: Device, x: Activation | Normed, weight: CudaLinear, *, activa
     if residual is not None or logits:
         out = residual if residual is not None else device.scratch((tokens, weight.out_features), np.float32)
         for group, columns in _columns(weight, out):
-            _launch(device, x, group, columns, ADD_FLOAT if residual is not None else STORE_FLOAT, None, 0,
+            launch(device, x, group, columns, ADD_FLOAT if residual is not None else STORE_FLOAT, None, 0,
                     deterministic)
         return out
     bounds = [bound for group in weight.groups for bound in group.bounds(x.row_length())]
@@ -154,7 +154,7 @@ def linear(device: Device, x: Activation | Normed, weight: CudaLinear, *, activa
         inner = exponent_for(max(bounds))
         both = device.scratch((tokens, 2 * weight.out_features), np.float16)
         for group, columns in _columns(weight, both):
-            _launch(device, x, group, columns, STORE_HALF, None, inner, deterministic)
+            launch(device, x, group, columns, STORE_HALF, None, inner, deterministic)
         out = device.scratch((tokens, weight.out_features), np.float16)
         device.kernel("scale_columns", "multiply_halves")(tokens, 256, both, out, weight.out_features,
                                                           ACTIVATIONS[activation], 2.0**inner, 2.0**-exponent, pdl=True)
@@ -162,12 +162,12 @@ def linear(device: Device, x: Activation | Normed, weight: CudaLinear, *, activa
           and warpgroup.runs(device, weight.groups[0].layout)
           and takes_ordered(device, tokens, weight.out_features, then)):
         ordered = Ordered.empty(device, (tokens, weight.out_features), then.groups[0].layout.interleaved)
-        _launch(device, x, weight.groups[0], ordered.data, ordered_mode(ordered), activation, exponent, deterministic)
+        launch(device, x, weight.groups[0], ordered.data, ordered_mode(ordered), activation, exponent, deterministic)
         return Activation(None, exponent, bound, ordered=ordered)
     else:
         out = device.scratch((tokens, weight.out_features), np.float16)
         for group, columns in _columns(weight, out):
-            _launch(device, x, group, columns, STORE_HALF, activation, exponent, deterministic)
+            launch(device, x, group, columns, STORE_HALF, activation, exponent, deterministic)
     return Activation(out, exponent, bound)
 
 
@@ -209,7 +209,7 @@ def _columns(weight: CudaLinear, out: cupy.ndarray) -> Iterator[tuple[Packed, cu
         start += group.features
 
 
-def _launch(device: Device, x: Activation | Normed, group: Packed, out: cupy.ndarray, mode: int, activation: str | None,
+def launch(device: Device, x: Activation | Normed, group: Packed, out: cupy.ndarray, mode: int, activation: str | None,
             exponent: int, deterministic: bool) -> None:
     """One group into its columns of `out` ([T, features] of a wider row).
 

@@ -37,7 +37,8 @@ class Vector:
 
 @dataclass(frozen=True)
 class Choice:
-    """ids int32 and weights float32 [T, k]. total: what the magnitudes of a token's weights cannot add up to more than.
+    """ids int32 and weights float32 [T, slots]. total: what the magnitudes of a token's weights cannot add up to more
+    than. always: of the slots, how many at the end have the same expert in all tokens.
 
     normed: the router's rows behind a norm, computed on the way, for experts that take them so.
     """
@@ -45,6 +46,7 @@ class Choice:
     ids: cupy.ndarray
     weights: cupy.ndarray
     total: float
+    always: int = 0
     normed: Normed | None = None
 
 
@@ -67,8 +69,8 @@ def route(device: Device, x: cupy.ndarray | Activation, router: CudaLinear, rout
         raise Fp4rtError("device", f"the CUDA backend routes to at most {_MOST_EXPERTS} experts and this model has "
                                    f"{experts}; use device='cpu'")
     packed, tokens = router.groups[0], x.shape[0] if norm else x.data.shape[0]
-    ids, weights = device.scratch((tokens, top_k), np.int32), device.scratch((tokens, top_k), np.float32)
-    rule = (correction and correction.data, expert_scale and expert_scale.data, experts, top_k,
+    ids, weights = (device.scratch((tokens, routing.slots), dtype) for dtype in (np.int32, np.float32))
+    rule = (correction and correction.data, expert_scale and expert_scale.data, experts, top_k, routing.always,
             int(routing.scoring == "sigmoid"), int(routing.normalize), float(routing.scaling), routing.groups,
             routing.groups_kept)
     normed = None
@@ -86,7 +88,7 @@ def route(device: Device, x: cupy.ndarray | Activation, router: CudaLinear, rout
     # Scores are positive; those of a softmax add up to 1, those of a sigmoid are at most 1 each.
     total = 1.0 if routing.normalize or routing.scoring == "softmax" else top_k
     total *= 1.001 * abs(routing.scaling) * (expert_scale.largest if expert_scale else 1.0)
-    return Choice(ids, weights, total, normed)
+    return Choice(ids, weights, total + routing.always, routing.always, normed)
 
 
 def _few(device: Device, x: Normed, packed: Packed, norm: Norm, ids: cupy.ndarray, weights: cupy.ndarray, rule: tuple,

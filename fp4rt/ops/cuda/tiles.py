@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import cupy
@@ -119,6 +119,7 @@ class Packed:
     _largest: cupy.ndarray
     _largest_bias: tuple[float, ...]
     _bounds: dict[str, Any] = field(default_factory=dict)
+    _alone: dict[int, Packed] = field(default_factory=dict)
 
     @functools.cached_property
     def tickets(self) -> cupy.ndarray:
@@ -128,6 +129,16 @@ class Packed:
     @property
     def nbytes(self) -> int:
         return sum(a.nbytes for a in (self.tiles, self.row_scale, self.bias, self.prescale) if a is not None)
+
+    def expert(self, e: int) -> Packed:
+        """Expert e as a weight of its own, where it lies; its bounds are those of all."""
+        if e not in self._alone:
+            def own(array: cupy.ndarray | None) -> cupy.ndarray | None:
+                return None if array is None else array.reshape(self.experts, -1)[e]
+
+            self._alone[e] = replace(self, experts=1, tiles=own(self.tiles), row_scale=own(self.row_scale),
+                                     bias=own(self.bias), prescale=own(self.prescale), _alone={})
+        return self._alone[e]
 
     def bounds(self, length: float) -> list[float]:
         """For each part, what no output of any expert can exceed for inputs of this 2-norm (Cauchy-Schwarz)."""

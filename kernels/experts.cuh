@@ -1,21 +1,25 @@
 // Linears of which every token uses a few out of many: expert e's tiles, row scales and bias lie behind those of e - 1.
 // Included by linear.cuh.
 //
-// Few tokens (up to 8), each with `slots` experts, which are distinct. Block (row_tile, slot, token) computes 16 rows of
-// the expert in that slot, for all tokens that chose it: they are columns of one mma, a column for each token, and only
-// the block of the first of them works. Its warps take the tiles in turn and their sums are added in warp order, so a
-// result depends on nothing but its own token. Many warps with few registers hide the way from memory better than tiles
-// fetched ahead, and what a block does besides its few tiles is kept short.
+// Few tokens (up to 8), each with `slots` experts, which are distinct. Block (i, pair) computes ROW_TILES row tiles of the
+// expert of a pair of token and slot, for all tokens that chose it: they are columns of one mma, a column for each token,
+// and only the block of the first of them works; the others find that out before they fetch anything. A block's warps
+// take the tiles in turn and their sums are added in warp order, so a result depends on nothing but its own token. Many
+// warps with few registers hide the way from memory better than tiles fetched ahead, and what a block does besides its
+// few tiles is kept short.
 //
-// Without `partial`, row token * slots + slot of the output is an expert's result. With it, row token is their sum times
-// `shares` in the order of the slots, by the block that is done last with them.
+// Without `shares`, row token * slots + slot of the output is an expert's result. With them, row token is their sum times
+// `shares` in the order of the slots. A block hands each number over with a mark beside it, in one store, and leaves; a
+// fence and a count would keep it on the chip for two more ways to memory. Behind the last pair, `adders` blocks wait for
+// the numbers: at most one for each SM, where others have room beside it, so that these get on in whatever order they
+// begin.
 struct Choices {
-    const int* ids;       // [tokens][slots]
+    const int* ids;                   // [tokens][slots]
     int tokens, slots;
-    int always, routed;   // the last `always` slots of all tokens hold experts routed, routed + 1, ...
-    const float* shares;  // [tokens][slots], or null
-    float* partial;       // room for [tokens][row tiles][slots][16], or null
-    int* tickets;         // [tokens][row tiles], zero before and after
+    int always, routed;               // the last `always` slots of all tokens hold experts routed, routed + 1, ...
+    const float* shares;              // [tokens][slots], or null
+    unsigned long long* handed_over;  // [tokens][row tiles][slots][16], zero between kernels, or null
+    int adders;                       // blocks that add, or 0
 };
 
 // The columns of a row of K that a lane multiplies tile kt by; past the row's end, where weights are zero, any of it.
@@ -42,39 +46,108 @@ __device__ __forceinline__ void activations(uint4 (&chunks)[Tile::K / 32], const
     }
 }
 
-// Orders what was written before it before what is written after it, for all who see the latter.
-__device__ __forceinline__ void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+constexpr unsigned long long HANDED_OVER = 1ull << 32;  // beside the bits of a number
 
-// Weights of known experts are fetched before the predecessor is done. With `partial` all are known, as ids were ready
-// before the predecessor began: a kernel between the one that wrote them and this one let its dependents begin after
-// its own wait (in its blocks of chosen experts).
-template <class Tile, int WARPS>
+// The sums over the slots of what other blocks hand over, which is zero again then. Half a warp adds 16 rows of a token.
+template <int WARPS>
+__device__ __forceinline__ void add_slots(int row_tiles, const Choices& c, const Epilogue& e) {
+    const int row = threadIdx.x % 16;
+    dependents_may_start();
+    wait_for_predecessor();
+#pragma unroll 1
+    for (int i = blockIdx.x * WARPS * 2 + threadIdx.x / 16; i < c.tokens * row_tiles; i += c.adders * WARPS * 2) {
+        const int token = i / row_tiles, feature = i % row_tiles * 16 + row;
+        const bool writes = feature < e.features;
+        const float before = writes && e.mode == ADD_FLOAT
+            ? reinterpret_cast<const float*>(e.out)[(size_t)token * e.stride + feature] : 0.0f;
+        volatile unsigned long long* all = c.handed_over + (size_t)i * c.slots * 16 + row;
+        const float* shares = c.shares + token * c.slots;
+        float sum = 0.0f;
+#pragma unroll 1
+        for (int left = c.slots; left > 0; left -= 4, all += 64, shares += 4) {
+            unsigned long long values[4];
+            bool all_there;
+#pragma unroll 1
+            do {
+                all_there = true;
+#pragma unroll
+                for (int s = 0; s < 4; s++) {
+                    values[s] = s < left ? all[s * 16] : HANDED_OVER;
+                    all_there &= values[s] != 0;
+                }
+            } while (!all_there);
+#pragma unroll
+            for (int s = 0; s < 4; s++) {
+                if (s >= left) break;
+                all[s * 16] = 0;
+                sum = fmaf(shares[s], __uint_as_float((unsigned)values[s]), sum);
+            }
+        }
+        if (writes) store(e, token, feature, sum, before);
+    }
+}
+
+// Weights of known experts are fetched before the predecessor is done. With `shares` all are known, as ids were ready
+// before the predecessor began: a kernel between the one that wrote them and this one let its dependents begin after its
+// own wait (in its blocks of chosen experts). A block that has nothing to do leaves without a wait: its grid is done when
+// the others are.
+template <class Tile, int WARPS, int ROW_TILES>
 __device__ __forceinline__ void chosen_experts(const unsigned char* weights, const __half* x, int x_slots, int K,
                                                int row_tiles, const Choices& c, const Epilogue& e) {
-    __shared__ float sums[WARPS][8 * 16];  // of 16 rows of each token
-    __shared__ float4 scales[4], biases[4];
+    __shared__ float sums[WARPS][ROW_TILES][8 * 16];  // of 16 rows of each token
+    __shared__ float4 scales[ROW_TILES * 4], biases[ROW_TILES * 4];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, row = lane % 16;
-    const int row_tile = blockIdx.x, k_tiles = (K + Tile::K - 1) / Tile::K;
-    const int beyond = blockIdx.y - (c.slots - c.always);  // the slots of chosen experts
-    if (beyond >= 0 && blockIdx.z > 0) return;             // the first token's block works
-    const bool is_known = c.partial || beyond >= 0;
+    const int pair = blockIdx.y, k_tiles = (K + Tile::K - 1) / Tile::K;
+    if (pair == c.tokens * c.slots) {
+        if (blockIdx.x < c.adders) add_slots<WARPS>(row_tiles, c, e);
+        return;
+    }
+    // Which of the experts that all tokens take this block computes, if not below 0.
+    const int beyond = c.always ? pair % c.slots - (c.slots - c.always) : -1;
+    if (beyond >= 0 && pair >= c.slots) return;  // the first token's block works
+    const bool is_known = c.shares || beyond >= 0;
     if (!is_known) wait_for_predecessor();
 
-    const int* const own_id = c.ids + blockIdx.z * c.slots + blockIdx.y;
-    const int expert = beyond >= 0 ? c.routed + beyond
-        : c.partial ? __ldcg(own_id) : *own_id;  // before the wait, L1 may hold what was there before
+    int expert, slot, first_token = 0, first_slot = pair;  // slot: of token g with this expert, or -1
+    if (beyond >= 0) {
+        expert = c.routed + beyond;
+        slot = g < c.tokens ? pair : -1;
+    } else {
+        auto id = [&](int i) { return c.shares ? __ldcg(c.ids + i) : c.ids[i]; };  // before the wait, L1 may be out of date
+        const int begin = g * c.slots, slots = g < c.tokens ? c.slots : 0;
+        const int first = t < slots ? id(begin + t) : -1, second = t + 4 < slots ? id(begin + t + 4) : -1;
+        expert = id(pair);
+        slot = first == expert ? t : second == expert ? t + 4 : -1;
+#pragma unroll 1
+        for (int s = t + 8; s < slots; s += 4)
+            if (id(begin + s) == expert) slot = s;
+        slot = max(slot, __shfl_xor_sync(~0u, slot, 1));
+        slot = max(slot, __shfl_xor_sync(~0u, slot, 2));
+        const int first_lane = __ffs(__ballot_sync(~0u, slot >= 0)) - 1;
+        first_token = first_lane / 4, first_slot = __shfl_sync(~0u, slot, first_lane);
+        if (first_token * c.slots + first_slot != pair) return;
+    }
+
+    const int row_tile = blockIdx.x * ROW_TILES, count = min(ROW_TILES, row_tiles - row_tile);
     const size_t at = (size_t)expert * row_tiles + row_tile;
     unsigned tile = (at * k_tiles + warp) * (Tile::BYTES / 16);  // in 16 bytes: half the registers of a pointer
-    auto load = [&](typename Tile::Raw& to) { Tile::template load<Global>(to, weights + tile * (size_t)16, lane); };
-    typename Tile::Raw raw;
-    if (warp < k_tiles) load(raw);
+    typename Tile::Raw raw[ROW_TILES];
+    auto load = [&]() {
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; r++)
+            if (r < count) {
+                const size_t offset = (tile + r * k_tiles * (Tile::BYTES / 16)) * (size_t)16;
+                Tile::template load<Global>(raw[r], weights + offset, lane);
+            }
+    };
+    if (warp < k_tiles) load();
     if (beyond >= 0) {  // the other tiles come to L2; of chosen experts, late as they are known, that took longer
+        const unsigned char* const first_tile = weights + at * k_tiles * Tile::BYTES;
 #pragma unroll 1
-        for (int ahead = WARPS; warp + ahead < k_tiles; ahead += WARPS)
-            if (lane < (Tile::BYTES + 127) / 128)
-                prefetch(weights + (tile + ahead * (Tile::BYTES / 16)) * (size_t)16 + lane * 128);
+        for (int i = WARPS * Tile::BYTES + threadIdx.x * 128; i < count * k_tiles * Tile::BYTES; i += WARPS * 32 * 128)
+            prefetch(first_tile + i);
     }
-    if (threadIdx.x < 4) {
+    if (threadIdx.x < count * 4) {
         copy_async(&scales[threadIdx.x], e.row_scale + at * 16 + threadIdx.x * 4, 16);
         if (e.bias) copy_async(&biases[threadIdx.x], e.bias + at * 16 + threadIdx.x * 4, 16);
         copy_commit();
@@ -82,23 +155,9 @@ __device__ __forceinline__ void chosen_experts(const unsigned char* weights, con
     dependents_may_start();
     if (is_known) wait_for_predecessor();
 
-    int slot = g == blockIdx.z ? blockIdx.y : -1;  // of token g with this expert
-    if (c.tokens > 1) {
-        if (g < c.tokens) {
-#pragma unroll 2
-            for (int s = t; s < c.slots; s += 4)
-                if (c.ids[g * c.slots + s] == expert) slot = s;
-        }
-        slot = max(slot, __shfl_xor_sync(~0u, slot, 1));
-        slot = max(slot, __shfl_xor_sync(~0u, slot, 2));
-        if (__any_sync(~0u, slot >= 0 && g < blockIdx.z)) {
-            copy_wait<0>();
-            return;
-        }
-    }
-    const int token = slot < 0 ? blockIdx.z : g;  // columns that are not wanted repeat one that is
-    const unsigned column = (x_slots ? token * x_slots + (slot < 0 ? blockIdx.y : slot) : token) * K;
-    float acc[1][4] = {};
+    const int token = slot < 0 ? first_token : g;  // columns that are not wanted repeat one that is
+    const unsigned column = (x_slots ? token * x_slots + (slot < 0 ? first_slot : slot) : token) * K;
+    float acc[ROW_TILES][1][4] = {};
 #pragma unroll 1
     for (int kt = warp; kt < k_tiles; kt += WARPS) {
         uint4 chunks[Tile::K / 32];
@@ -106,60 +165,40 @@ __device__ __forceinline__ void chosen_experts(const unsigned char* weights, con
 #pragma unroll
         for (int step = 0; step < Tile::K / 32; step++) {
             const uint4 b[1] = {chunks[step]};
-            multiply<Tile>(acc, raw, step, b);
+#pragma unroll
+            for (int r = 0; r < ROW_TILES; r++) multiply<Tile>(acc[r], raw[r], step, b);
         }
         tile += WARPS * (Tile::BYTES / 16);
-        if (kt + WARPS < k_tiles) load(raw);
+        if (kt + WARPS < k_tiles) load();
     }
 #pragma unroll
-    for (int i = 0; i < 4; i++) sums[warp][(2 * t + i % 2) * 16 + g + i / 2 * 8] = acc[0][i];
+    for (int i = 0; i < ROW_TILES * 4; i++)
+        sums[warp][i / 4][(2 * t + i % 2) * 16 + g + i / 2 % 2 * 8] = acc[i / 4][0][i % 4];
     copy_wait<0>();
     __syncthreads();
 
     const bool gated = is_gated(e.activation);
-    const int feature = gated ? row_tile * 8 + row % 8 : row_tile * 16 + row;
 #pragma unroll 1
-    for (int i = warp; i < (c.tokens + 1) / 2; i += WARPS) {  // two tokens: 16 lanes each
-        const int own = 2 * i + lane / 16, own_slot = __shfl_sync(~0u, slot, own * 4);
-        if (!__any_sync(~0u, own_slot >= 0)) continue;
+    for (int i = warp; i < (c.tokens + 1) / 2 * ROW_TILES; i += WARPS) {  // two tokens: 16 lanes each
+        const int r = i % ROW_TILES, of_row_tile = row_tile + r, of = i / ROW_TILES * 2 + lane / 16;
+        const int feature = gated ? of_row_tile * 8 + row % 8 : of_row_tile * 16 + row;
+        const int of_slot = __shfl_sync(~0u, slot, of * 4);
+        if (r >= count || !__any_sync(~0u, of_slot >= 0)) continue;
         float value = 0.0f;
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) value += sums[w][own * 16 + row];
-        value = value * ((&scales[0].x)[row] * e.in_factor) + (e.bias ? (&biases[0].x)[row] : 0.0f);
-        const bool writes = own_slot >= 0 && feature < e.features && !(gated && row >= 8);
-        if (!c.partial) {
-            const float up = __shfl_down_sync(~0u, value, 8, 16);
-            if (gated) value = gated_product(value, up, e.activation);
-            else if (e.activation == RELU2) value = relu2(value);
-            if (writes) store(e, own * c.slots + own_slot, feature, value, 0.0f);
+        for (int w = 0; w < WARPS; w++) value += sums[w][r][of * 16 + row];
+        value = value * ((&scales[r * 4].x)[row] * e.in_factor) + (e.bias ? (&biases[r * 4].x)[row] : 0.0f);
+        if (c.shares) {
+            const size_t to = ((size_t)(of * row_tiles + of_row_tile) * c.slots + of_slot) * 16 + row;
+            if (of_slot >= 0)
+                reinterpret_cast<volatile unsigned long long*>(c.handed_over)[to] = HANDED_OVER | __float_as_uint(value);
             continue;
         }
-        const int whole = own * row_tiles + row_tile;
-        float* const all = c.partial + (size_t)whole * c.slots * 16 + row;
-        if (own_slot >= 0) all[own_slot * 16] = value;
-        __syncwarp();
-        int is_last = 0;
-        if (row == 0 && own_slot >= 0) {
-            fence();
-            is_last = atomicAdd(&c.tickets[whole], 1) == c.slots - 1;
-            if (is_last) c.tickets[whole] = 0;
-            fence();
-        }
-        if (!__shfl_sync(~0u, is_last, lane & 16) || !writes) continue;
-        const float* const shares = c.shares + own * c.slots;
-        const float before = e.mode == ADD_FLOAT
-            ? reinterpret_cast<const float*>(e.out)[(size_t)own * e.stride + feature] : 0.0f;
-        float sum = 0.0f;
-#pragma unroll 1
-        for (int base = 0; base < c.slots; base += 4) {
-            float values[4];
-#pragma unroll
-            for (int s = 0; s < 4; s++) values[s] = base + s < c.slots ? __ldcg(all + (base + s) * 16) : 0.0f;
-#pragma unroll
-            for (int s = 0; s < 4; s++)
-                if (base + s < c.slots) sum = fmaf(shares[base + s], values[s], sum);
-        }
-        store(e, own, feature, sum, before);
+        const float up = __shfl_down_sync(~0u, value, 8, 16);
+        if (gated) value = gated_product(value, up, e.activation);
+        else if (e.activation == RELU2) value = relu2(value);
+        if (of_slot >= 0 && feature < e.features && !(gated && row >= 8))
+            store(e, of * c.slots + of_slot, feature, value, 0.0f);
     }
 }
 

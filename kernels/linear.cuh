@@ -191,17 +191,18 @@ __device__ __forceinline__ void record_norm(float sum, unsigned* largest) {
                                  e);                                                                                   \
     }
 #elif defined(EXPERTS)
-// Registers for 40 warps on an SM, or fewer where a format needs more.
+// Registers for 40 warps on an SM, or fewer where a format or two row tiles need more.
 #define EXPERT_BLOCKS(Tile)                                                                                            \
-    ((Tile::PLANES == 2 || Tile::BLOCK_SCALED ? 16 : Tile::BYTES < 2048 ? 40 : 24) / EXPERT_WARPS)
+    ((Tile::PLANES == 2 || Tile::BLOCK_SCALED ? 16 : Tile::BYTES >= 2048 ? 24 : EXPERT_ROW_TILES == 2 ? 32 : 40) /     \
+     EXPERT_WARPS)
 #define LINEAR_ENTRIES(Tile)                                                                                           \
     extern "C" __global__ void __launch_bounds__(EXPERT_WARPS * 32, EXPERT_BLOCKS(Tile))                               \
         few_experts(const unsigned char* weights, const __half* x, int x_slots, int K, int row_tiles, const int* ids,  \
-                    int tokens, int slots, int always, int routed, const float* shares, float* partial, int* tickets,  \
-                    EPILOGUE_PARAMETERS) {                                                                             \
-        const Choices choices = {ids, tokens, slots, always, routed, shares, partial, tickets};                        \
+                    int tokens, int slots, int always, int routed, const float* shares,                                \
+                    unsigned long long* handed_over, int adders, EPILOGUE_PARAMETERS) {                                \
+        const Choices choices = {ids, tokens, slots, always, routed, shares, handed_over, adders};                     \
         const Epilogue e = EPILOGUE;                                                                                   \
-        chosen_experts<Tile, EXPERT_WARPS>(weights, x, x_slots, K, row_tiles, choices, e);                             \
+        chosen_experts<Tile, EXPERT_WARPS, EXPERT_ROW_TILES>(weights, x, x_slots, K, row_tiles, choices, e);           \
     }
 #else
 #define LINEAR_ENTRIES(Tile)                                                                                           \

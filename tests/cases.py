@@ -238,6 +238,7 @@ EXPERTS = [
     *[ExpertsCase(t, 6, 2, 96, 80, "NVFP4", "BF16", pre_quant_scale=True) for t in (2, 30)],
     *[ExpertsCase(t, 6, 2, 99, 50, "BF16") for t in (2, 30)],                                        # odd K
     *[ExpertsCase(t, 6, 4, 2304, 1600, "MXFP4", activation="swiglu_oai", bias=True) for t in (1, 8)],
+    *[ExpertsCase(t, 12, 6, 1536, 1552, activation="relu2") for t in (1, 8)],  # 97 row tiles, of several warps' columns
     *[ExpertsCase(t, 18, 5, 160, 112, activation="relu2", always=2) for t in (1, 8, 9, 70)],         # Nemotron 3
     ExpertsCase(8, 7, 4, 96, 80, "NVFP4", "BF16", pre_quant_scale=True, residual=False, always=1),
     ExpertsCase(1100, 7, 5, 160, 208, activation="relu2", always=2), ExpertsCase(1030, 4, 3, 96, 128, "FP8", always=1),

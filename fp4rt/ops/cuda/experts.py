@@ -33,7 +33,8 @@ def variants(capability: int) -> list[tuple[str, dict[str, int], int]]:
     limit = SHARED_LIMIT[capability]
     found = [("experts", {}, 4 * 4096)]
     for layout in LAYOUTS:
-        found += [(layout.stem, _few_defines(layout, warps), 0) for warps in EXPERT_WARPS]
+        found += [(layout.stem, _few_defines(layout, warps, row_tiles), 0) for warps in EXPERT_WARPS
+                  for row_tiles in {_few_row_tiles(layout, tokens) for tokens in range(1, FEW_TOKENS + 1)}]
         found += [(layout.stem, _many_defines(layout, many, limit, warps),
                    many.stages(layout, limit) * many.stage_bytes(layout))
                   for sums in (1, 2) for many in many_variants(layout, limit, sums) for warps in EXPERT_WARPS[:sums]]
@@ -45,8 +46,14 @@ def _few_warps(packed: Packed) -> int:
     return next((warps for warps in reversed(EXPERT_WARPS) if 3 * warps <= k_tiles), EXPERT_WARPS[0])
 
 
-def _few_defines(layout: Layout, warps: int) -> dict[str, int]:
-    return {"EXPERTS": 1, "EXPERT_WARPS": warps, **layout.defines}
+def _few_row_tiles(layout: Layout, tokens: int) -> int:
+    """Row tiles of a few-token block. Two share the activations and what a block costs besides its tiles; a single
+    token has too few blocks for that, and two tiles of a longer format too many registers."""
+    return 2 if tokens > 1 and layout.tile_bytes < 2048 else 1
+
+
+def _few_defines(layout: Layout, warps: int, row_tiles: int) -> dict[str, int]:
+    return {"EXPERTS": 1, "EXPERT_WARPS": warps, "EXPERT_ROW_TILES": row_tiles, **layout.defines}
 
 
 def _many_defines(layout: Layout, many: ManyTokens, shared_limit: int, warps: int) -> dict[str, int]:
@@ -122,12 +129,15 @@ def _launch_few(device: Device, x: Activation, row_for_each: bool, ids: cupy.nda
     """Each expert's output to a row of its own, or with weights the sums over a token's slots. row_for_each: whether x
     has a row for each slot of a token. always: as in Choice."""
     layout, (tokens, slots), k = packed.layout, ids.shape, packed.in_features
-    warps = _few_warps(packed)
-    partial = None if weights is None else device.scratch((tokens, packed.row_tiles, slots, 16), np.float32)
-    device.kernel(layout.stem, "few_experts", **_few_defines(layout, warps))(
-        (packed.row_tiles, slots, tokens), warps * 32, packed.tiles, x.data, slots if row_for_each else 0, k,
-        packed.row_tiles, ids, tokens, slots, always, packed.experts - always, weights, partial,
-        None if weights is None else packed.tickets, out, *_epilogue(packed, x, mode, activation, exponent), pdl=True)
+    warps, row_tiles = _few_warps(packed), _few_row_tiles(layout, tokens)
+    blocks, pairs, handed_over, adders = -(-packed.row_tiles // row_tiles), tokens * slots, None, 0
+    if weights is not None:
+        handed_over = device.handed_over(FEW_TOKENS * packed.row_tiles * slots * 16)
+        adders = min(blocks, device.sm_count)
+    device.kernel(layout.stem, "few_experts", **_few_defines(layout, warps, row_tiles))(
+        (blocks, pairs + (adders > 0)), warps * 32, packed.tiles, x.data, slots if row_for_each else 0, k,
+        packed.row_tiles, ids, tokens, slots, always, packed.experts - always, weights, handed_over, adders, out,
+        *_epilogue(packed, x, mode, activation, exponent), pdl=True)
 
 
 def _grouped(device: Device, x: Activation, ids: cupy.ndarray, weights: cupy.ndarray, always: int, up: Packed,

@@ -5,15 +5,17 @@
 
 constexpr int WARP_HEADS = HEADS / WARPS;  // that one warp opens
 constexpr int LATER_TURNS = 5;  // whose keys and values are brought to L2 ahead of the predecessor, if not closer
-constexpr int CHAINS = SPLIT == 1 ? 2 : 1;  // of products that wait for each other, as far as registers suffice
+constexpr int CHAINS = SPLIT <= 2 ? 2 : 1;  // of products that wait for each other, as far as registers suffice
 constexpr int SHARE_STRIDE = HEAD_DIM + 4;  // of a warp's share of a head: a quad's heads lie in different banks
 constexpr int MAX_CHUNKS = 64;  // of one sequence
 constexpr float LOWEST = -1e30f;  // below every score; the largest of no scores
-// Registers have room for keys and values that are read ahead of the predecessor. Where they have more, what follows it
-// runs once before it, too; else shares lie where tiles waited, if a block has one chunk.
-constexpr bool AHEAD = SPLIT == 1, REHEARSED = CLUSTER > 1 && HEAD_DIM <= 128, ALIASED = PARTS == 1 && !REHEARSED;
+// Registers of blocks that are not small have room for keys and values that are read ahead of the predecessor. Where
+// they have more, what follows it runs once before it, too; else shares lie where tiles waited.
+constexpr bool AHEAD = SPLIT <= 2 && !SMALL, REHEARSED = CLUSTER > 1 && HEAD_DIM <= 128 && !SMALL, ALIASED = !REHEARSED;
+constexpr int LEAD = STAGED && !SMALL;  // turns by which what is staged is ahead of what registers hold
+constexpr int MOST_BLOCKS = SMALL && 128 % PART_DIM == 0 ? 4 : 3;
 // Blocks of an SM that registers are left for.
-constexpr int BLOCKS = WARPS > 4 || PART_DIM > 128 || HEAD_TILES > 1 || REHEARSED ? 2 : 3;
+constexpr int BLOCKS = WARPS > 4 || PART_DIM > 128 || HEAD_TILES > 1 || REHEARSED ? 2 : MOST_BLOCKS;
 
 // An address that is computed here, and not where it is used.
 __device__ __forceinline__ const __half* known(const __half* p) {
@@ -50,15 +52,18 @@ struct Merged {
     }
 };
 
-// grid (kv_heads * tiles of a group's heads, S, chunks / PARTS), block THREADS, clusters of CLUSTER blocks. The keys
-// that a sequence sees are cut into chunks of whole turns by its own length alone: `spread` of them while that is at
-// most short_turns for each, then more, at most max_chunks. A block takes PARTS of them, one after the other. Blocks
-// beyond them end at once, so the grid holds for every length that the page table allows. The block of the last chunk
-// writes the new key and value. A cluster has all chunks: its blocks bring their shares to each other's shared memory,
-// and each adds up a slice of the numbers. Without clusters (and with PARTS 1), chunks meet in `partial` [S, gridDim.x,
-// gridDim.z, heads of a block, HEAD_DIM] and statistics (the same without HEAD_DIM), and the block that finishes last
-// adds them; `tickets` [S, gridDim.x] is zero before and after. Both add alike, chunk by chunk, so neither clusters nor
-// PARTS change a result.
+// grid (kv_heads * tiles of a group's heads, S, chunks), block THREADS, clusters of CLUSTER blocks. The keys that a
+// sequence sees are cut into chunks of whole turns by its own length alone: `spread` of them while that is at most
+// short_turns for each, then more, at most max_chunks. Blocks beyond them end at once, so the grid holds for every
+// length that the page table allows. The block of the last chunk writes the new key and value. A cluster has all
+// chunks: its blocks bring their shares to each other's shared memory, and each adds up a slice of the numbers. Without
+// clusters, chunks meet in `partial` [S, gridDim.x, gridDim.z, heads of a block, HEAD_DIM] and statistics (the same
+// without HEAD_DIM), and the block that finishes last adds them; `tickets` [S, gridDim.x] is zero before and after.
+// Both add alike, chunk by chunk, so neither clusters nor SMALL change a result.
+//
+// SMALL blocks are for grids of more blocks than the chip has multiprocessors: four share one, and two find places
+// beside a linear's block and begin to read while it computes. They bring nothing to L2 ahead: for Llama-3.1-8B's eight
+// sequences that cost 2 us of a layer, as it takes the linear bandwidth.
 //
 // Keys are tiled as rows (S^T = K q^T), so up to eight query heads cost one pass of the tensor cores. Sequences with
 // several new tokens are attention_prefill's.
@@ -97,21 +102,21 @@ extern "C" __global__ void
     extern __shared__ __align__(16) unsigned char dynamic_shared[];
     Waiting& shared = *reinterpret_cast<Waiting*>(dynamic_shared);
     const int heads = group * kv_heads, slots = min(group, HEADS);  // room for heads
-    // [PARTS][KEY_WARPS][slots][SHARE_STRIDE]: the warps' shares; if aliased, they come when nothing waits any more.
+    // [KEY_WARPS][slots][SHARE_STRIDE]: the warps' shares; if aliased, they come when nothing waits any more.
     float* const shares = reinterpret_cast<float*>(dynamic_shared + (ALIASED ? 0 : sizeof(Waiting)));
-    const int share_bytes = PARTS * KEY_WARPS * slots * SHARE_STRIDE * sizeof(float);
+    const int share_bytes = KEY_WARPS * slots * SHARE_STRIDE * sizeof(float);
     __shared__ __align__(16) __half shared_q[HEADS][HEAD_DIM + 8];
     __shared__ __align__(16) Kv newest[2][HEAD_DIM];                       // the new key and value
 #if CLUSTER > 1
-    // (slots * PIECES + CLUSTER) * PARTS: this block's slice of each chunk's share
+    // slots * PIECES + CLUSTER: this block's slice of each chunk's share
     float4* const inbox = reinterpret_cast<float4*>(
         dynamic_shared + (ALIASED ? max((int)sizeof(Waiting), share_bytes) : (int)sizeof(Waiting) + share_bytes));
-    __shared__ float2 inbox_statistics[CLUSTER * PARTS][HEADS];
+    __shared__ float2 inbox_statistics[CLUSTER][HEADS];
     __shared__ unsigned long long inbox_barrier;
     __shared__ int shared_slice;
     __shared__ float shared_per_slice;
 #endif
-    __shared__ float2 shared_statistics[PARTS][KEY_WARPS][HEADS];  // (largest score, sum)
+    __shared__ float2 shared_statistics[KEY_WARPS][HEADS];  // (largest score, sum)
     __shared__ float shared_sinks[HEADS];
     // What follows the keys reads these there, as they would take registers: the token, the first of its columns,
     // chunks of the sequence, heads of this block and room for heads.
@@ -123,7 +128,7 @@ extern "C" __global__ void
     int kv_head = blockIdx.x, first_head = 0;
     while (kv_head >= kv_heads) kv_head -= kv_heads, first_head += HEADS;
     const int my_heads = min(group - first_head, HEADS);
-    const int sequence = blockIdx.y, first_chunk = blockIdx.z * PARTS;
+    const int sequence = blockIdx.y, chunk = blockIdx.z;
     dependents_may_start();
 #if CLUSTER > 1
     inbox_open(&inbox_barrier);
@@ -134,7 +139,7 @@ extern "C" __global__ void
     const int first_turn = (unsigned)lowest / TURN;
     const int turns = max(1, (int)((unsigned)max(length + TURN - 1, 0) / TURN) - first_turn);
     const int chunks = min(turns, min(max_chunks, max(spread, quotient(turns + short_turns - 1, short_turns))));
-    if (!mine || first_chunk >= chunks) {
+    if (!mine || chunk >= chunks) {
         wait_for_predecessor();
         return;
     }
@@ -153,14 +158,13 @@ extern "C" __global__ void
         return;
     }
     const int* table = pages + (size_t)sequence * table_width;
-    const int own_chunks = PARTS > 1 ? min(PARTS, chunks - first_chunk) : 1;
     const int each = quotient(turns, chunks), rest = turns - each * chunks;
-    auto begin_of = [&](int chunk) { return (first_turn + chunk * each + min(chunk, rest)) * TURN; };
-    const int end = min(length, begin_of(first_chunk + own_chunks));
+    const int begin = (first_turn + chunk * each + min(chunk, rest)) * TURN;
+    const int end = min(length, begin + (each + (chunk < rest)) * TURN);
 
     KeyRow k[2];
     ValueTile v;
-    int key = begin_of(first_chunk) + key_warp * TILE;
+    int key = begin + key_warp * TILE;
     if (key + TILE <= lowest) key += TURN;
     // Pages are looked up turns before they are needed; at first, each lane knows a turn's.
     auto page_of = [&](int from) { return from < end ? fetch(table + (unsigned)from / PAGE) : 0; };
@@ -178,8 +182,8 @@ extern "C" __global__ void
         load_keys(place);
         v.load(values + place, g, t);
     }
-    // Behind the tile in registers one is on its way to shared memory: keys and values in turns, so that of two copies
-    // the older one is what is needed.
+    // A tile, the first or that behind the one in registers, is on its way to shared memory: keys and values in turns,
+    // so that of two copies the older one is what is needed.
     auto stage_keys = [&](int from, size_t place) {
         if (from < end) stage(shared.keys[warp], KEY_STRIDE, keys + place);
         copy_commit();
@@ -207,12 +211,12 @@ extern "C" __global__ void
         stage_values(key + AHEAD * TURN, place);
     }
     // Of what is fetched, or staged, in the loop first, and of what follows.
-    int next_page = __shfl_sync(~0u, page_of_lane, 1 + STAGED), later_page = __shfl_sync(~0u, page_of_lane, 2 + STAGED);
+    int next_page = __shfl_sync(~0u, page_of_lane, 1 + LEAD), later_page = __shfl_sync(~0u, page_of_lane, 2 + LEAD);
     // The last warps open the new key and value, beside their queries.
-    const bool opens_value = warp == WARPS - 2, opens_newest = first_chunk + own_chunks == chunks && warp >= WARPS - 2;
+    const bool opens_value = warp == WARPS - 2, opens_newest = chunk == chunks - 1 && warp >= WARPS - 2;
     const float* newest_norm = opens_newest && others ? opens_value ? v_norm : k_norm : nullptr;
 #pragma unroll 1
-    for (int turn = AHEAD + STAGED; turn < LATER_TURNS && key + turn * TURN < end; turn++) {
+    for (int turn = AHEAD + STAGED; !SMALL && turn < LATER_TURNS && key + turn * TURN < end; turn++) {
         const size_t place = first_places(turn);
         for (int i = lane * 128; i < TILE * PART_DIM * (int)sizeof(Kv); i += 32 * 128) {
             const int at = i + first_dimension * (TILE - 1) * (int)sizeof(Kv);  // each warp its part
@@ -221,18 +225,15 @@ extern "C" __global__ void
         }
     }
 #if CLUSTER > 1
-    if (chunks > 1) {
-        if (threadIdx.x == 0) {
-            const int pieces = my_heads * PIECES, owners = (chunks + PARTS - 1) / PARTS;  // blocks that have chunks
-            const int slice = (pieces + owners - 1) / owners;
-            const int first_piece = blockIdx.z * slice, end_piece = min(first_piece + slice, pieces);
-            const int slice_heads = (end_piece - 1) / PIECES - first_piece / PIECES + 1;
-            const int bytes = (end_piece - first_piece) * sizeof(float4) + slice_heads * sizeof(float2);
-            inbox_expect(&inbox_barrier, first_piece < pieces ? chunks * bytes : 0);
-            shared_slice = slice, shared_per_slice = 1.0f / slice;
-        }
-        inboxes_wait_open();
+    if (threadIdx.x == 0) {
+        const int pieces = my_heads * PIECES, slice = (pieces + chunks - 1) / chunks;
+        const int first_piece = chunk * slice, end_piece = min(first_piece + slice, pieces);
+        const int slice_heads = (end_piece - 1) / PIECES - first_piece / PIECES + 1;
+        const int bytes = (end_piece - first_piece) * sizeof(float4) + slice_heads * sizeof(float2);
+        inbox_expect(&inbox_barrier, first_piece < pieces ? chunks * bytes : 0);
+        shared_slice = slice, shared_per_slice = 1.0f / slice;
     }
+    inboxes_wait_open();
 #endif
     if (threadIdx.x == 0)
         after = {token, (kv_head * group + first_head) * HEAD_DIM, chunks, my_heads, slots};
@@ -285,7 +286,7 @@ extern "C" __global__ void
             }
         }
         __syncthreads();
-        if (!AHEAD && key < end) {
+        if (!AHEAD && !SMALL && key < end) {
             if (STAGED) {
                 const size_t place = first_places(1);
                 take_keys();
@@ -299,175 +300,177 @@ extern "C" __global__ void
             }
         }
 
-#pragma unroll 1
-        for (int part = 0; part < (real ? own_chunks : 1); part++) {
-            const int stop = PARTS > 1 ? min(end, begin_of(first_chunk + part + 1)) : end;
-            float o[HEAD_TILES][PART_DIM / 16][4];
-            float largest[HEAD_TILES][2], sums[HEAD_TILES][2];  // of heads 2t and 2t+1
+        float o[HEAD_TILES][PART_DIM / 16][4];
+        float largest[HEAD_TILES][2], sums[HEAD_TILES][2];  // of heads 2t and 2t+1
 #pragma unroll
-            for (int n = 0; n < HEAD_TILES; n++) {
+        for (int n = 0; n < HEAD_TILES; n++) {
 #pragma unroll
-                for (int m = 0; m < PART_DIM / 16; m++) o[n][m][0] = o[n][m][1] = o[n][m][2] = o[n][m][3] = 0;
-                largest[n][0] = largest[n][1] = -INFINITY;
-                sums[n][0] = sums[n][1] = 0;
+            for (int m = 0; m < PART_DIM / 16; m++) o[n][m][0] = o[n][m][1] = o[n][m][2] = o[n][m][3] = 0;
+            largest[n][0] = largest[n][1] = -INFINITY;
+            sums[n][0] = sums[n][1] = 0;
+        }
+        for (; key < end; key += TURN) {
+            const int next = key + TURN, new_row = length - 1 - key;
+            const bool more = real && next < end;
+            const size_t next_place = place_in(next_page, next + LEAD * TURN);
+            auto put_newest_value = [&] {  // behind its row weights are zero, but need numbers
+#pragma unroll
+                for (int r = 0; r < 4; r++)
+                    if (new_row <= ValueTile::key(r, t)) v.load_shared(r, newest[1] + first_dimension, g);
+            };
+            if (SMALL) {
+                take_keys();
+                stage_keys(next, next_place);
             }
-            for (; key < stop; key += TURN) {
-                const int next = key + TURN, new_row = length - 1 - key;
-                const bool more = real && next < end;
-                const size_t next_place = place_in(next_page, next + STAGED * TURN);
-                if (new_row < TILE) {  // memory may lack this row; behind it weights are zero, but need numbers
-                    if (new_row == g) k[0].load_shared(newest[0] + first_dimension, t);
-                    if (new_row == g + 8) k[1].load_shared(newest[0] + first_dimension, t);
+            if (new_row < TILE) {  // memory may lack this row
+                if (new_row == g) k[0].load_shared(newest[0] + first_dimension, t);
+                if (new_row == g + 8) k[1].load_shared(newest[0] + first_dimension, t);
+                if (!SMALL) put_newest_value();
+            }
+            float s[HEAD_TILES][4] = {}, odd[HEAD_TILES][4] = {};
 #pragma unroll
-                    for (int r = 0; r < 4; r++)
-                        if (new_row <= ValueTile::key(r, t)) v.load_shared(r, newest[1] + first_dimension, g);
-                }
-                float s[HEAD_TILES][4] = {}, odd[HEAD_TILES][4] = {};
-#pragma unroll
-                for (int d = 0; d < PART_DIM / 16; d += 2) {
-                    const uint2 upper = k[0].step(d), lower = k[1].step(d);
-                    const unsigned a[4] = {upper.x, lower.x, upper.y, lower.y};
-                    const uint2 upper2 = k[0].step(d + 1), lower2 = k[1].step(d + 1);
-                    const unsigned a2[4] = {upper2.x, lower2.x, upper2.y, lower2.y};
-#pragma unroll
-                    for (int n = 0; n < HEAD_TILES; n++) {
-                        const uint4 q = query_steps(shared_q[8 * n + g] + first_dimension, d / 2, t);
-                        mma(s[n], a, q.x, q.y);
-                        if (d + 1 < PART_DIM / 16) mma(CHAINS > 1 ? odd[n] : s[n], a2, q.z, q.w);
-                    }
-                }
-#pragma unroll
-                for (int n = 0; n < HEAD_TILES; n++)
-#pragma unroll
-                    for (int i = 0; CHAINS > 1 && i < 4; i++) s[n][i] += odd[n][i];
-                if (STAGED && more) {
-                    take_keys();
-                    stage_keys(next + TURN, next_place);
-                } else if (more) load_keys(next_place);
-                if (SPLIT > 1) {  // two sets of room: a warp writes one again only after the others have read it
-                    const int turn = key / TURN % 2;
-                    shared.scores[turn][warp][lane] = make_float4(s[0][0], s[0][1], s[0][2], s[0][3]);
-                    barrier_wait(1 + key_warp, 32 * SPLIT);
-                    s[0][0] = s[0][1] = s[0][2] = s[0][3] = 0;
-#pragma unroll
-                    for (int other = 0; other < SPLIT; other++) {
-                        const float4 theirs = shared.scores[turn][key_warp * SPLIT + other][lane];
-                        s[0][0] += theirs.x, s[0][1] += theirs.y, s[0][2] += theirs.z, s[0][3] += theirs.w;
-                    }
-                }
-
-                unsigned p[HEAD_TILES][2];
+            for (int d = 0; d < PART_DIM / 16; d += 2) {
+                const uint2 upper = k[0].step(d), lower = k[1].step(d);
+                const unsigned a[4] = {upper.x, lower.x, upper.y, lower.y};
+                const uint2 upper2 = k[0].step(d + 1), lower2 = k[1].step(d + 1);
+                const unsigned a2[4] = {upper2.x, lower2.x, upper2.y, lower2.y};
 #pragma unroll
                 for (int n = 0; n < HEAD_TILES; n++) {
-                    float shrink[2];
-#pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        const int position = key + g + i / 2 * 8;
-                        s[n][i] = position < length && position >= lowest ? s[n][i] * scale_log2 : -INFINITY;
-                    }
-#pragma unroll
-                    for (int i = 0; i < 2; i++) {
-                        float m = fmaxf(s[n][i], s[n][i + 2]);
-#pragma unroll
-                        for (int offset = 4; offset < 32; offset *= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, offset));
-                        m = fmaxf(m, largest[n][i]);  // finite: every tile has a visible key
-                        shrink[i] = power_of_two(largest[n][i] - m);
-                        largest[n][i] = m;
-                        s[n][i] = power_of_two(s[n][i] - m);
-                        s[n][i + 2] = power_of_two(s[n][i + 2] - m);
-                        sums[n][i] = sums[n][i] * shrink[i] + (s[n][i] + s[n][i + 2]);
-                    }
-                    p[n][0] = transpose8x8(as_bits(__floats2half2_rn(s[n][0], s[n][1])));
-                    p[n][1] = transpose8x8(as_bits(__floats2half2_rn(s[n][2], s[n][3])));
-#pragma unroll
-                    for (int m = 0; m < PART_DIM / 16; m++)
-#pragma unroll
-                        for (int i = 0; i < 4; i++) o[n][m][i] *= shrink[i % 2];
+                    const uint4 q = query_steps(shared_q[8 * n + g] + first_dimension, d / 2, t);
+                    mma(s[n], a, q.x, q.y);
+                    if (d + 1 < PART_DIM / 16) mma(CHAINS > 1 ? odd[n] : s[n], a2, q.z, q.w);
                 }
+            }
 #pragma unroll
-                for (int m = 0; m < PART_DIM / 16; m++) {
-                    const uint2 low = v.operand(0, m), high = v.operand(2, m);
-                    const unsigned a[4] = {low.x, low.y, high.x, high.y};
+            for (int n = 0; n < HEAD_TILES; n++)
 #pragma unroll
-                    for (int n = 0; n < HEAD_TILES; n++) mma(o[n][m], a, p[n][0], p[n][1]);
+                for (int i = 0; CHAINS > 1 && i < 4; i++) s[n][i] += odd[n][i];
+            if (LEAD && more) {
+                take_keys();
+                stage_keys(next + TURN, next_place);
+            } else if (!SMALL && more) load_keys(next_place);
+            if (SPLIT > 1) {  // two sets of room: a warp writes one again only after the others have read it
+                const int turn = key / TURN % 2;
+                shared.scores[turn][warp][lane] = make_float4(s[0][0], s[0][1], s[0][2], s[0][3]);
+                barrier_wait(1 + key_warp, 32 * SPLIT);
+                s[0][0] = s[0][1] = s[0][2] = s[0][3] = 0;
+#pragma unroll
+                for (int other = 0; other < SPLIT; other++) {
+                    const float4 theirs = shared.scores[turn][key_warp * SPLIT + other][lane];
+                    s[0][0] += theirs.x, s[0][1] += theirs.y, s[0][2] += theirs.z, s[0][3] += theirs.w;
                 }
-                if (STAGED && more) {
-                    take_values();
-                    stage_values(next + TURN, next_place);
-                } else if (more) v.load(values + next_place, g, t);
-                if (!real) break;
-                next_page = later_page;
-                later_page = page_of(next + (2 + STAGED) * TURN);
             }
 
-            const int slots = after.slots;
-            if (ALIASED && (SPLIT > 1 || STAGED)) __syncthreads();  // scores and tiles lie where shares go
+            unsigned p[HEAD_TILES][2];
 #pragma unroll
             for (int n = 0; n < HEAD_TILES; n++) {
+                float shrink[2];
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const int position = key + g + i / 2 * 8;
+                    s[n][i] = position < length && position >= lowest ? s[n][i] * scale_log2 : -INFINITY;
+                }
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    const int head = 8 * n + 2 * t + i;
+                    float m = fmaxf(s[n][i], s[n][i + 2]);
 #pragma unroll
-                    for (int offset = 4; offset < 32; offset *= 2)
-                        sums[n][i] += __shfl_xor_sync(~0u, sums[n][i], offset);
-                    if (g == 0 && first_dimension == 0)
-                        shared_statistics[part][key_warp][head] = make_float2(largest[n][i], sums[n][i]);
-                    if (head >= after.heads) continue;
-                    float* to = shares + ((part * KEY_WARPS + key_warp) * slots + head) * SHARE_STRIDE;
-                    to += first_dimension;
+                    for (int offset = 4; offset < 32; offset *= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, offset));
+                    m = fmaxf(m, largest[n][i]);  // finite: every tile has a visible key
+                    shrink[i] = power_of_two(largest[n][i] - m);
+                    largest[n][i] = m;
+                    s[n][i] = power_of_two(s[n][i] - m);
+                    s[n][i + 2] = power_of_two(s[n][i + 2] - m);
+                    sums[n][i] = sums[n][i] * shrink[i] + (s[n][i] + s[n][i + 2]);
+                }
+                p[n][0] = transpose8x8(as_bits(__floats2half2_rn(s[n][0], s[n][1])));
+                p[n][1] = transpose8x8(as_bits(__floats2half2_rn(s[n][2], s[n][3])));
 #pragma unroll
-                    for (int m = 0; m < PART_DIM / 16; m++) {
-                        if (m < ValueTile::PAIRED) {  // two tiles at a time: the four dimensions are neighbours
-                            if (m % 2 == 0)
-                                *reinterpret_cast<float4*>(to + ValueTile::dimension(m, g)) =
-                                    make_float4(o[n][m][i], o[n][m][i + 2], o[n][m + 1][i], o[n][m + 1][i + 2]);
-                        } else {
-                            *reinterpret_cast<float2*>(to + ValueTile::dimension(m, g)) =
-                                make_float2(o[n][m][i], o[n][m][i + 2]);
-                        }
+                for (int m = 0; m < PART_DIM / 16; m++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) o[n][m][i] *= shrink[i % 2];
+            }
+            if (SMALL) {
+                take_values();
+                stage_values(next, next_place);
+                if (new_row < TILE) put_newest_value();
+            }
+#pragma unroll
+            for (int m = 0; m < PART_DIM / 16; m++) {
+                const uint2 low = v.operand(0, m), high = v.operand(2, m);
+                const unsigned a[4] = {low.x, low.y, high.x, high.y};
+#pragma unroll
+                for (int n = 0; n < HEAD_TILES; n++) mma(o[n][m], a, p[n][0], p[n][1]);
+            }
+            if (LEAD && more) {
+                take_values();
+                stage_values(next + TURN, next_place);
+            } else if (!SMALL && more) v.load(values + next_place, g, t);
+            if (!real) break;
+            next_page = later_page;
+            later_page = page_of(next + (2 + LEAD) * TURN);
+        }
+
+        const int slots = after.slots;
+        if (ALIASED && (SPLIT > 1 || STAGED)) __syncthreads();  // scores and tiles lie where shares go
+#pragma unroll
+        for (int n = 0; n < HEAD_TILES; n++) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int head = 8 * n + 2 * t + i;
+#pragma unroll
+                for (int offset = 4; offset < 32; offset *= 2)
+                    sums[n][i] += __shfl_xor_sync(~0u, sums[n][i], offset);
+                if (g == 0 && first_dimension == 0)
+                    shared_statistics[key_warp][head] = make_float2(largest[n][i], sums[n][i]);
+                if (head >= after.heads) continue;
+                float* to = shares + (key_warp * slots + head) * SHARE_STRIDE;
+                to += first_dimension;
+#pragma unroll
+                for (int m = 0; m < PART_DIM / 16; m++) {
+                    if (m < ValueTile::PAIRED) {  // two tiles at a time: the four dimensions are neighbours
+                        if (m % 2 == 0)
+                            *reinterpret_cast<float4*>(to + ValueTile::dimension(m, g)) =
+                                make_float4(o[n][m][i], o[n][m][i + 2], o[n][m + 1][i], o[n][m + 1][i + 2]);
+                    } else {
+                        *reinterpret_cast<float2*>(to + ValueTile::dimension(m, g)) =
+                            make_float2(o[n][m][i], o[n][m][i + 2]);
                     }
                 }
             }
-            __syncthreads();
-            // The warps' shares of the chunk, added in their order.
-            const int chunk = blockIdx.z * PARTS + part;
+        }
+        __syncthreads();
+        // The warps' shares of the chunk, added in their order.
 #pragma unroll 1
-            for (int i = threadIdx.x; i < after.heads * PIECES; i += THREADS) {
-                const int head = i / PIECES, dimension = i % PIECES * 4;
-                float m = LOWEST;
+        for (int i = threadIdx.x; i < after.heads * PIECES; i += THREADS) {
+            const int head = i / PIECES, dimension = i % PIECES * 4;
+            float m = LOWEST;
 #pragma unroll
-                for (int w = 0; w < KEY_WARPS; w++) m = fmaxf(m, shared_statistics[part][w][head].x);
-                Merged sum;
+            for (int w = 0; w < KEY_WARPS; w++) m = fmaxf(m, shared_statistics[w][head].x);
+            Merged sum;
 #pragma unroll
-                for (int w = 0; w < KEY_WARPS; w++) {
-                    const float2 share = shared_statistics[part][w][head];
-                    const float* o = shares + ((part * KEY_WARPS + w) * slots + head) * SHARE_STRIDE + dimension;
-                    sum.add(power_of_two(share.x - m), share.y, *reinterpret_cast<const float4*>(o));
-                }
-                if (!real) continue;
-                if (after.chunks == 1) {
-                    put(after.token, after.column + 4 * i, sum.halves(m, shared_sinks[head], out_factor));
-#if CLUSTER > 1
-                } else {
-                    const int slice = shared_slice, owner = (i + 0.5f) * shared_per_slice;  // exact for so few
-                    const int at = i - owner * slice;
-                    inbox_store(&inbox[chunk * slice + at], &inbox_barrier, owner, sum.values);
-                    if (at == 0 || dimension == 0)
-                        inbox_store(&inbox_statistics[chunk][head], &inbox_barrier, owner, make_float2(m, sum.total));
-#else
-                } else {
-                    const size_t slot = slot_of(chunk, head);
-                    *reinterpret_cast<float4*>(partial + slot * HEAD_DIM + dimension) = sum.values;
-                    if (dimension == 0) statistics[slot] = make_float2(m, sum.total);
-#endif
-                }
+            for (int w = 0; w < KEY_WARPS; w++) {
+                const float2 share = shared_statistics[w][head];
+                const float* o = shares + (w * slots + head) * SHARE_STRIDE + dimension;
+                sum.add(power_of_two(share.x - m), share.y, *reinterpret_cast<const float4*>(o));
             }
+            if (!real) continue;
+#if CLUSTER > 1
+            const int slice = shared_slice, owner = (i + 0.5f) * shared_per_slice;  // exact for so few
+            const int at = i - owner * slice;
+            inbox_store(&inbox[chunk * slice + at], &inbox_barrier, owner, sum.values);
+            if (at == 0 || dimension == 0)
+                inbox_store(&inbox_statistics[chunk][head], &inbox_barrier, owner, make_float2(m, sum.total));
+#else
+            if (after.chunks == 1) {
+                put(after.token, after.column + 4 * i, sum.halves(m, shared_sinks[head], out_factor));
+                continue;
+            }
+            const size_t slot = slot_of(chunk, head);
+            *reinterpret_cast<float4*>(partial + slot * HEAD_DIM + dimension) = sum.values;
+            if (dimension == 0) statistics[slot] = make_float2(m, sum.total);
+#endif
         }
         const int all = after.chunks;
-        if (all == 1) {
-            if (real) return;
-            continue;
-        }
 #if CLUSTER > 1
         const int slice = shared_slice, first_piece = blockIdx.z * slice;
         const int end_piece = min(first_piece + slice, after.heads * PIECES);
@@ -476,21 +479,22 @@ extern "C" __global__ void
         for (int i = first_piece + threadIdx.x; i < end_piece; i += THREADS) {
             const int head = i / PIECES, dimension = i % PIECES * 4;
             float m = LOWEST;
-            float2 share[CLUSTER * PARTS];
+            float2 share[CLUSTER];
 #pragma unroll
-            for (int c = 0; c < CLUSTER * PARTS; c++) {  // none is waited for
+            for (int c = 0; c < CLUSTER; c++) {  // none is waited for
                 share[c] = inbox_statistics[min(c, all - 1)][head];
                 m = fmaxf(m, share[c].x);
             }
             Merged sum;
 #pragma unroll
-            for (int c = 0; c < CLUSTER * PARTS; c++) {
+            for (int c = 0; c < CLUSTER; c++) {
                 const float4 part = inbox[min(c, all - 1) * slice + i - first_piece];
                 sum.add(c < all ? power_of_two(share[c].x - m) : 0.0f, share[c].y, part);
             }
             if (real) put(after.token, after.column + 4 * i, sum.halves(m, shared_sinks[head], out_factor));
         }
 #else
+        if (all == 1) return;
         // The last block to arrive adds the chunks.
         int* ticket = tickets + sequence * gridDim.x + blockIdx.x;
         __syncthreads();
@@ -511,7 +515,7 @@ extern "C" __global__ void
 #pragma unroll
             for (int i = 0; i < MAX_CHUNKS / 32; i++)
                 shared.weights[head][lane + 32 * i] = make_float2(power_of_two(share[i].x - m), share[i].y);
-            if (lane == 0) shared_statistics[0][0][head].x = m;
+            if (lane == 0) shared_statistics[0][head].x = m;
         }
         __syncthreads();
         for (int i = threadIdx.x; i < after.heads * PIECES; i += THREADS) {
@@ -524,7 +528,7 @@ extern "C" __global__ void
                 const float* part = parts + (size_t)c * slots * HEAD_DIM;
                 sum.add(weight.x, weight.y, __ldcg(reinterpret_cast<const float4*>(part)));
             }
-            const float largest = shared_statistics[0][0][head].x;
+            const float largest = shared_statistics[0][head].x;
             put(after.token, after.column + 4 * i, sum.halves(largest, shared_sinks[head], out_factor));
         }
         if (threadIdx.x == 0) *ticket = 0;

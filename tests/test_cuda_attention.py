@@ -178,10 +178,12 @@ def test_attention(device, case: AttentionCase, deterministic: bool):
 COMPANY = AttentionCase(((700, 1), (64, 1), (0, 1), (9000, 1), (63, 1), (127, 1), (2047, 1), (5, 1)), 8, 2,
                         64, norm=True)
 COMPANIES = [
-    COMPANY,  # each chunk has a block; below, eight sequences have two chunks for a block, and wide heads
+    COMPANY,  # below, eight sequences have small blocks, or wide heads
     AttentionCase(((700, 1), (64, 1), (0, 1), (2100, 1), (63, 1), (512, 1), (1030, 1), (5, 1)), 16, 8, 256, window=1000,
                   norm=True, v_norm=True),
     AttentionCase(((700, 1), (64, 1), (0, 1), (2000, 1), (63, 1), (545, 1), (1030, 1), (5, 1)), 32, 8, 128),
+    # Their window leaves some warps no key of a chunk.
+    AttentionCase(((700, 1), (64, 1), (0, 1), (999, 1), (63, 1), (545, 1), (461, 1), (5, 1)), 24, 8, 128, window=450),
     AttentionCase(((700, 1), (63, 1), (0, 1), (1900, 1), (64, 1), (545, 1), (127, 1), (5, 1)), 16, 4, 128, norm=True),
     AttentionCase(((700, 1), (31, 1), (0, 1), (5000, 1), (32, 1), (545, 1), (1030, 1), (5, 1)), 64, 8, 512, norm=True,
                   v_norm=True, values_are_keys=True),

@@ -31,9 +31,10 @@ def variants(capability: int) -> list[tuple[str, dict[str, int], int]]:
             found.append(("attention_prefill", {"HEAD_DIM": dim, **kv}, _flash(dim, capability)[2]))
             plans = {}
             for tiles in (1, 2) if dim <= 128 else (1,):
-                for chunks, parts in ((1, 1), (8, 1), (8, 2), (32, 1), (2, 1), (4, 2), (4, 1)):
-                    plan = _Decode.of(dim, tiles, 8 * tiles, 1 if kv else 2, capability, chunks, parts)
-                    plans[tuple(plan.defines.items())] = plan
+                for chunks in (1, 2, 4, 8, 32):
+                    for small in (False, True):
+                        plan = _Decode.of(dim, tiles, 8 * tiles, 1 if kv else 2, capability, chunks, small)
+                        plans[tuple(plan.defines.items())] = plan
             found += [("attention_decode", {"HEAD_DIM": dim, **plan.defines, **kv}, plan.shared)
                       for plan in plans.values()]
     return found
@@ -152,70 +153,65 @@ def _decode(device: Device, qkv: Activation, batch: DeviceBatch, pages: Pages, s
     turns = -(-width * PAGE_TOKENS // turn)
     if shape.window:
         turns = min(turns, -(-shape.window // turn) + 1)
-    spread, short, most = _chunking(blocks, sequences)
+    spread, short, most = _chunking(blocks, sequences, (256 if dim <= 256 else 128) // turn)
     chunks = min(turns, most, max(spread, -(-turns // short)))
-    # Blocks that find a place beside those of the kernel before begin to read ahead of it: fewer, with two chunks each.
-    crowded = sequences <= 8 and sequences * blocks * chunks > (1 if dim <= 128 else 1.5) * device.sm_count
-    parts = 2 if crowded and chunks > 2 else 1
-    plan = _Decode.of(dim, tiles, rows, pages.keys.itemsize, device.capability, chunks, parts)
+    # More blocks than multiprocessors should find room beside each other; wide heads gain nothing by large ones.
+    small = sequences <= 8 and (sequences * blocks * chunks > device.sm_count or dim > 128)
+    plan = _Decode.of(dim, tiles, rows, pages.keys.itemsize, device.capability, chunks, small)
     slots = sequences * blocks * chunks * rows if plan.cluster == 1 else 0
     partial = device.scratch((slots, dim), np.float32)
     statistics = device.scratch((slots, 2), np.float32)
     device.kernel("attention_decode", "attention_decode", **defines, **plan.defines)(
-        (blocks, sequences, -(-plan.blocks // plan.cluster) * plan.cluster), 32 * warps, qkv.data, pages.keys,
+        (blocks, sequences, -(-chunks // plan.cluster) * plan.cluster), 32 * warps, qkv.data, pages.keys,
         pages.values, batch.starts, batch.lengths, table, width, group, kv_heads, *opening, spread, short,
         most, partial, statistics, batch.tickets, 2 * ordered.padded + ordered.interleaved if ordered else 0, out,
         shared=plan.shared, pdl=True)
 
 
-def _chunking(blocks: int, sequences: int) -> tuple[int, int, int]:
-    """(spread, short_turns, max_chunks) of kernels/attention_decode.cu: the same for 1 to 8 sequences, so that they do
-    not change each other; more of them fill the chip with fewer and longer chunks."""
+def _chunking(blocks: int, sequences: int, short: int) -> tuple[int, int, int]:
+    """(spread, short_turns, max_chunks) of kernels/attention_decode.cu; short: turns of a chunk beyond which up to
+    eight sequences have more chunks. The same for 1 to 8, so that they do not change each other; more of them fill the
+    chip with fewer and longer chunks."""
     if sequences <= 8:
-        return 8, 4, min(_MAX_CHUNKS, max(8, _LONG_BLOCKS // blocks))
+        return 8, short, min(_MAX_CHUNKS, max(8, _LONG_BLOCKS // blocks))
     spread = max(1, min(8, 256 // (sequences * blocks)))
-    return spread, 16 // spread, 8
+    return spread, 4 * short // spread, 8
 
 
 def _warps(dim: int) -> tuple[int, int]:
     """Warps of a block of the decode kernel, and how many of them share keys, each with its part of the dimensions."""
     if dim <= 256:
-        return 4, 1
+        return 4, 1 if dim <= 128 or dim % 32 else 2
     return (4, 2) if dim % 64 else (8, 4)
 
 
 @dataclass(frozen=True)
 class _Decode:
-    """How the decode kernel runs, which changes no result: chunks of one sequence that a block takes (parts), blocks
-    that all its chunks need, and of one cluster; dynamic shared bytes."""
+    """How the decode kernel runs, which changes no result: blocks of one cluster; dynamic shared bytes."""
 
     defines: dict[str, int]
-    parts: int
-    blocks: int
     cluster: int
     shared: int
 
     @staticmethod
-    def of(dim: int, tiles: int, rows: int, kv_bytes: int, capability: int, chunks: int, parts: int) -> _Decode:
-        """tiles: of eight query heads each, `rows` of which are there; kv_bytes: of a number in the pages."""
-        # Clusters (sm_90) where one has all chunks. Longer contexts fill the chip evenly as they are; wider heads lack
-        # the registers and shared memory for two chunks of a block.
+    def of(dim: int, tiles: int, rows: int, kv_bytes: int, capability: int, chunks: int, small: bool) -> _Decode:
+        """tiles: of eight query heads each, `rows` of which are there; kv_bytes: of a number in the pages; small:
+        whether blocks are small, where there are such."""
+        # Clusters (sm_90) where one has all chunks. Longer contexts fill the chip evenly as they are.
         clustered = capability >= 90 and chunks <= 8
-        parts = parts if clustered and dim <= 256 else 1
-        blocks = -(-chunks // parts)
-        cluster = 1 << (blocks - 1).bit_length() if clustered else 1
-        # Two blocks of wide heads with tiles and the shares of two chunks would leave the next linear no shared memory.
-        staged = capability in (80, 90) and (parts == 1 or dim <= 128)
+        cluster = 1 << (chunks - 1).bit_length() if clustered else 1
+        small = small and clustered and dim <= 256
+        staged = capability in (80, 90)
         warps, split = _warps(dim)
         row = dim // split * kv_bytes
         strides = (row + 63) // 128 * 128 + 64 + (row + 111) // 128 * 128 + 16  # KEY_STRIDE and VALUE_STRIDE in bytes
         waiting = (2 * warps if split > 1 else 1) * 512 + warps * (_TILE * strides if staged else 32 * kv_bytes)
         waiting = max(waiting, 8 * tiles * _MAX_CHUNKS * 8)
-        apart = parts > 1 or cluster > 1 and dim <= 128  # as ALIASED says
-        shares = parts * (warps // split) * rows * (dim + 4) * 4
-        inbox = 16 * (rows * dim // 4 + cluster) * parts if cluster > 1 else 0
-        return _Decode({"HEAD_TILES": tiles, "PARTS": parts, "CLUSTER": cluster, "STAGED": int(staged)}, parts, blocks,
-                       cluster, (waiting + shares if apart else max(waiting, shares)) + inbox)
+        shares = (warps // split) * rows * (dim + 4) * 4
+        apart = cluster > 1 and dim <= 128 and not small  # as ALIASED says
+        inbox = 16 * (rows * dim // 4 + cluster) if cluster > 1 else 0
+        return _Decode({"HEAD_TILES": tiles, "CLUSTER": cluster, "STAGED": int(staged), "SMALL": int(small)}, cluster,
+                       (waiting + shares if apart else max(waiting, shares)) + inbox)
 
 
 def _flash(head_dim: int, capability: int) -> tuple[int, int, int]:

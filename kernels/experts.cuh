@@ -90,10 +90,11 @@ __device__ __forceinline__ void add_slots(int row_tiles, const Choices& c, const
 // Weights of known experts are fetched before the predecessor is done. With `shares` all are known, as ids were ready
 // before the predecessor began: a kernel between the one that wrote them and this one let its dependents begin after its
 // own wait (in its blocks of chosen experts). A block that has nothing to do leaves without a wait: its grid is done when
-// the others are.
+// the others are. Dynamic shared memory: 4 bytes of each pair.
 template <class Tile, int WARPS, int ROW_TILES>
 __device__ __forceinline__ void chosen_experts(const unsigned char* weights, const __half* x, int x_slots, int K,
                                                int row_tiles, const Choices& c, const Epilogue& e) {
+    extern __shared__ int ids[];  // as c.ids
     __shared__ float sums[WARPS][ROW_TILES][8 * 16];  // of 16 rows of each token
     __shared__ float4 scales[ROW_TILES * 4], biases[ROW_TILES * 4];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, row = lane % 16;
@@ -113,14 +114,17 @@ __device__ __forceinline__ void chosen_experts(const unsigned char* weights, con
         expert = c.routed + beyond;
         slot = g < c.tokens ? pair : -1;
     } else {
-        auto id = [&](int i) { return c.shares ? __ldcg(c.ids + i) : c.ids[i]; };  // before the wait, L1 may be out of date
-        const int begin = g * c.slots, slots = g < c.tokens ? c.slots : 0;
-        const int first = t < slots ? id(begin + t) : -1, second = t + 4 < slots ? id(begin + t + 4) : -1;
-        expert = id(pair);
-        slot = first == expert ? t : second == expert ? t + 4 : -1;
+        // A block reads each id once: all blocks read the same lines, which one place of L2 hands out. Before the wait,
+        // L1 may hold what was there before.
 #pragma unroll 1
-        for (int s = t + 8; s < slots; s += 4)
-            if (id(begin + s) == expert) slot = s;
+        for (int i = threadIdx.x; i < c.tokens * c.slots; i += WARPS * 32)
+            ids[i] = c.shares ? __ldcg(c.ids + i) : c.ids[i];
+        __syncthreads();
+        const int slots = g < c.tokens ? c.slots : 0;
+        expert = ids[pair], slot = -1;
+#pragma unroll 1
+        for (int s = t; s < slots; s += 4)
+            if (ids[g * c.slots + s] == expert) slot = s;
         slot = max(slot, __shfl_xor_sync(~0u, slot, 1));
         slot = max(slot, __shfl_xor_sync(~0u, slot, 2));
         const int first_lane = __ffs(__ballot_sync(~0u, slot >= 0)) - 1;

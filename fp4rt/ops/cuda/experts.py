@@ -137,7 +137,7 @@ def _launch_few(device: Device, x: Activation, row_for_each: bool, ids: cupy.nda
     device.kernel(layout.stem, "few_experts", **_few_defines(layout, warps, row_tiles))(
         (blocks, pairs + (adders > 0)), warps * 32, packed.tiles, x.data, slots if row_for_each else 0, k,
         packed.row_tiles, ids, tokens, slots, always, packed.experts - always, weights, handed_over, adders, out,
-        *_epilogue(packed, x, mode, activation, exponent), pdl=True)
+        *_epilogue(packed, x, mode, activation, exponent), shared=4 * pairs, pdl=True)
 
 
 def _grouped(device: Device, x: Activation, ids: cupy.ndarray, weights: cupy.ndarray, always: int, up: Packed,

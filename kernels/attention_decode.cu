@@ -5,13 +5,13 @@
 
 constexpr int WARP_HEADS = HEADS / WARPS;  // that one warp opens
 constexpr int LATER_TURNS = 5;  // whose keys and values are brought to L2 ahead of the predecessor, if not closer
-constexpr int CHAINS = SPLIT <= 2 ? 2 : 1;  // of products that wait for each other, as far as registers suffice
+constexpr int CHAINS = HEAD_DIM <= 256 ? 2 : 1;  // of products that wait for each other, as far as registers suffice
 constexpr int SHARE_STRIDE = HEAD_DIM + 4;  // of a warp's share of a head: a quad's heads lie in different banks
 constexpr int MAX_CHUNKS = 64;  // of one sequence
 constexpr float LOWEST = -1e30f;  // below every score; the largest of no scores
 // Registers of blocks that are not small have room for keys and values that are read ahead of the predecessor. Where
 // they have more, what follows it runs once before it, too; else shares lie where tiles waited.
-constexpr bool AHEAD = SPLIT <= 2 && !SMALL, REHEARSED = CLUSTER > 1 && HEAD_DIM <= 128 && !SMALL, ALIASED = !REHEARSED;
+constexpr bool AHEAD = HEAD_DIM <= 256 && !SMALL, REHEARSED = CLUSTER > 1 && HEAD_DIM <= 128 && !SMALL, ALIASED = !REHEARSED;
 constexpr int LEAD = STAGED && !SMALL;  // turns by which what is staged is ahead of what registers hold
 constexpr int MOST_BLOCKS = SMALL && 128 % PART_DIM == 0 ? 4 : 3;
 // Blocks of an SM that registers are left for.

@@ -148,7 +148,7 @@ def _decode(device: Device, qkv: Activation, batch: DeviceBatch, pages: Pages, s
         raise Fp4rtError(
             "checkpoint", f"{kv_heads} K/V heads and {shape.num_heads} heads are more than the CUDA "
             "backend's attention takes; use device='cpu'")
-    warps, split = _warps(dim)
+    warps, split = _warps(dim, device.capability)
     turn = _TILE * warps // split
     turns = -(-width * PAGE_TOKENS // turn)
     if shape.window:
@@ -178,10 +178,10 @@ def _chunking(blocks: int, sequences: int, short: int) -> tuple[int, int, int]:
     return spread, 4 * short // spread, 8
 
 
-def _warps(dim: int) -> tuple[int, int]:
+def _warps(dim: int, capability: int) -> tuple[int, int]:
     """Warps of a block of the decode kernel, and how many of them share keys, each with its part of the dimensions."""
-    if dim <= 256:
-        return 4, 1 if dim <= 128 or dim % 32 else 2
+    if dim <= 256:  # where blocks may be small, wide heads need half the registers
+        return 4, 2 if capability >= 90 and dim > 128 and dim % 32 == 0 else 1
     return (4, 2) if dim % 64 else (8, 4)
 
 
@@ -202,7 +202,7 @@ class _Decode:
         cluster = 1 << (chunks - 1).bit_length() if clustered else 1
         small = small and clustered and dim <= 256
         staged = capability in (80, 90)
-        warps, split = _warps(dim)
+        warps, split = _warps(dim, capability)
         row = dim // split * kv_bytes
         strides = (row + 63) // 128 * 128 + 64 + (row + 111) // 128 * 128 + 16  # KEY_STRIDE and VALUE_STRIDE in bytes
         waiting = (2 * warps if split > 1 else 1) * 512 + warps * (_TILE * strides if staged else 32 * kv_bytes)
@@ -210,7 +210,8 @@ class _Decode:
         shares = (warps // split) * rows * (dim + 4) * 4
         apart = cluster > 1 and dim <= 128 and not small  # as ALIASED says
         inbox = 16 * (rows * dim // 4 + cluster) if cluster > 1 else 0
-        return _Decode({"HEAD_TILES": tiles, "CLUSTER": cluster, "STAGED": int(staged), "SMALL": int(small)}, cluster,
+        return _Decode({"HEAD_TILES": tiles, "SPLIT": split, "CLUSTER": cluster, "STAGED": int(staged),
+                        "SMALL": int(small)}, cluster,
                        (waiting + shares if apart else max(waiting, shares)) + inbox)
 
 

@@ -2,7 +2,8 @@
 
 Programmatic dependent launch (sm_90 and later): a kernel that was launched with it may start while the one before it
 on the stream is still running, and must execute griddepcontrol.wait before it touches anything the others write or
-read. Every kernel launched so must wait in every block, or the kernel after it would not wait for those before.
+read. Every kernel launched so must wait in some block, or the kernel after it would not wait for those before; a block
+that touches nothing may leave without a wait.
 """
 
 from __future__ import annotations

@@ -61,6 +61,7 @@ def reserve_workspace(ops: Ops, decoder: Any, plan: Plan, room: int, step_tokens
 
     def widest() -> None:
         tokens, sequences = min(step_tokens, room), plan.sequences
+        step(1, 1, 1)  # little, but what kernels for few tokens keep is taken now, and not when the cache has the rest
         step(tokens, 1, min(LOGITS_ROWS, tokens))                       # a prompt, and its logits
         step(sequences, sequences, sequences)                           # as many sequences as may run
         sequences += 1  # a recorded step has one more at most

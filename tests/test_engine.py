@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import fp4rt
 from backends import BACKENDS
 from fp4rt.batch import PAGE_TOKENS
 from fp4rt.loading import different_layers
+from fp4rt.room import reserve_workspace
 
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "llama-modelopt-nvfp4"
 
@@ -276,6 +278,16 @@ def test_no_kernel_is_loaded_after_preparing(name: str):
             for _ in llm.engine.run(sequences):
                 pass
         assert set(llm.ops.gpu.modules) == loaded
+
+
+def test_steps_of_one_token_and_of_many_are_rehearsed_before_the_cache_takes_memory():
+    """What kernels for few tokens keep is taken at their first call."""
+    rehearsed = []
+    ops = SimpleNamespace(batch=lambda batch: batch, reserve=lambda step: step() or 0)
+    with fp4rt.load(CHECKPOINT, device="reference", max_model_len=256, max_num_seqs=5) as llm:
+        reserve_workspace(ops, lambda batch, pages: rehearsed.append((len(batch.tokens), len(batch.lengths))),
+                          llm.engine.cache.plan, 256, 80)
+    assert {(1, 1), (80, 1), (5, 5), (80, 6)} == set(rehearsed)
 
 
 @pytest.mark.gpu

@@ -11,7 +11,8 @@ constexpr int MAX_CHUNKS = 64;  // of one sequence
 constexpr float LOWEST = -1e30f;  // below every score; the largest of no scores
 // Registers of blocks that are not small have room for keys and values that are read ahead of the predecessor. Where
 // they have more, what follows it runs once before it, too; else shares lie where tiles waited.
-constexpr bool AHEAD = HEAD_DIM <= 256 && !SMALL, REHEARSED = CLUSTER > 1 && HEAD_DIM <= 128 && !SMALL, ALIASED = !REHEARSED;
+constexpr bool AHEAD = HEAD_DIM <= 256 && !SMALL;
+constexpr bool REHEARSED = CLUSTER > 1 && HEAD_DIM <= 128 && !SMALL, ALIASED = !REHEARSED;
 constexpr int LEAD = STAGED && !SMALL;  // turns by which what is staged is ahead of what registers hold
 constexpr int MOST_BLOCKS = SMALL && 128 % PART_DIM == 0 ? 4 : 3;
 // Blocks of an SM that registers are left for.

@@ -1,9 +1,9 @@
 // Keys, values and queries of one head as a warp of attention_decode takes them to the tensor cores.
 #include "attention.cuh"
 
-// -D: HEAD_TILES of eight query heads that a block has; SPLIT: warps that share keys, each with its dimensions; CLUSTER:
-// blocks of one; STAGED: 1 where shared memory has room for tiles that are on their way, else 0; SMALL: 1 for blocks
-// whose tiles wait nowhere else, so that more share an SM.
+// -D: HEAD_TILES of eight query heads that a block has; SPLIT: warps that share keys, each with its dimensions;
+// CLUSTER: blocks of one; STAGED: 1 where shared memory has room for tiles that are on their way, else 0; SMALL: 1 for
+// blocks whose tiles wait nowhere else, so that more share an SM.
 constexpr int PART_DIM = HEAD_DIM / SPLIT;
 constexpr int WARPS = SPLIT == 4 ? 8 : 4, THREADS = 32 * WARPS;
 constexpr int KEY_WARPS = WARPS / SPLIT;

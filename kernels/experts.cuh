@@ -1,18 +1,19 @@
 // Linears of which every token uses a few out of many: expert e's tiles, row scales and bias lie behind those of e - 1.
 // Included by linear.cuh.
 //
-// Few tokens (up to 8), each with `slots` experts, which are distinct. Block (i, pair) computes ROW_TILES row tiles of the
-// expert of a pair of token and slot, for all tokens that chose it: they are columns of one mma, a column for each token,
-// and only the block of the first of them works; the others find that out before they fetch anything. A block's warps
-// take the tiles in turn and their sums are added in warp order, so a result depends on nothing but its own token. Many
-// warps with few registers hide the way from memory better than tiles fetched ahead, and what a block does besides its
-// few tiles is kept short.
+// Few tokens (up to 8), each with `slots` experts, which are distinct. Block (i, pair) computes ROW_TILES row tiles of
+// the expert of a pair of token and slot, for all tokens that chose it: they are columns of one mma, a column for each
+// token, and only the block of the first of them works; the others find that out before they fetch anything. A block's
+// warps take the tiles in turn and their sums are added in warp order, so a result depends on nothing but its own token.
+// Many warps with few registers hide the way from memory better than tiles fetched ahead, and what a block does besides
+// its few tiles is kept short.
 //
-// Without `shares`, row token * slots + slot of the output is an expert's result. With them, row token is their sum times
-// `shares` in the order of the slots. A block hands each number over with a mark beside it, in one store, and leaves; a
-// fence and a count would keep it on the chip for two more ways to memory. Behind the last pair, `adders` blocks wait for
-// the numbers: at most one for each SM, where others have room beside it, so that these get on in whatever order they
-// begin.
+// Without `shares`, row token * slots + slot of the output is an expert's result. With them, row token is their sum
+// times `shares` in the order of the slots. A block hands each number over with a mark beside it, in one store, and
+// leaves; a fence and a count would keep it on the chip for two more ways to memory. Behind the last pair, `adders`
+// blocks wait for the numbers: at most one for each SM, where others have room beside it, so that these get on in
+// whatever order they begin. They wait for every slot, so two slots of a token with one expert would never end:
+// kernels/route.cu gives distinct ones whatever the logits.
 struct Choices {
     const int* ids;                   // [tokens][slots]
     int tokens, slots;
@@ -48,7 +49,7 @@ __device__ __forceinline__ void activations(uint4 (&chunks)[Tile::K / 32], const
 
 constexpr unsigned long long HANDED_OVER = 1ull << 32;  // beside the bits of a number
 
-// The sums over the slots of what other blocks hand over, which is zero again then. Half a warp adds 16 rows of a token.
+// The sums over the slots of what other blocks hand over, which is zero again then. Half a warp adds a token's 16 rows.
 template <int WARPS>
 __device__ __forceinline__ void add_slots(int row_tiles, const Choices& c, const Epilogue& e) {
     const int row = threadIdx.x % 16;
@@ -88,9 +89,9 @@ __device__ __forceinline__ void add_slots(int row_tiles, const Choices& c, const
 }
 
 // Weights of known experts are fetched before the predecessor is done. With `shares` all are known, as ids were ready
-// before the predecessor began: a kernel between the one that wrote them and this one let its dependents begin after its
-// own wait (in its blocks of chosen experts). A block that has nothing to do leaves without a wait: its grid is done when
-// the others are. Dynamic shared memory: 4 bytes of each pair.
+// before the predecessor began: a kernel between the one that wrote them and this one let its dependents begin after
+// its own wait (in its blocks of chosen experts). A block that has nothing to do leaves without a wait: its grid is done
+// when the others are. Dynamic shared memory: 4 bytes of each pair.
 template <class Tile, int WARPS, int ROW_TILES>
 __device__ __forceinline__ void chosen_experts(const unsigned char* weights, const __half* x, int x_slots, int K,
                                                int row_tiles, const Choices& c, const Epilogue& e) {
@@ -195,7 +196,7 @@ __device__ __forceinline__ void chosen_experts(const unsigned char* weights, con
         if (c.shares) {
             const size_t to = ((size_t)(of * row_tiles + of_row_tile) * c.slots + of_slot) * 16 + row;
             if (of_slot >= 0)
-                reinterpret_cast<volatile unsigned long long*>(c.handed_over)[to] = HANDED_OVER | __float_as_uint(value);
+                static_cast<volatile unsigned long long*>(c.handed_over)[to] = HANDED_OVER | __float_as_uint(value);
             continue;
         }
         const float up = __shfl_down_sync(~0u, value, 8, 16);

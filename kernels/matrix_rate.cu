@@ -12,9 +12,9 @@ __device__ __forceinline__ unsigned two_halves(unsigned seed) {
     return (seed ^ seed >> 16) & 0x87ff87ffu | 0x38003800u;
 }
 
-// Each warp multiplies 16 rows of PRODUCTS * 16 columns of fp16 by COLUMNS columns, `rounds` times, with float32 sums: 4
-// warps together by warpgroup products, whose columns lie in shared memory, or each its own columns in registers.
-// WARPGROUPS (-D): 0 or 1. out is where the result would go if it were one that it never is.
+// Each warp multiplies 16 rows of PRODUCTS * 16 columns of fp16 by COLUMNS columns, `rounds` times, into float32 sums.
+// WARPGROUPS (-D): 1, four warps together by warpgroup products, with the columns in shared memory; 0, each warp with
+// its own columns in registers. A sum goes to `out` if it is what no sum is, so that the compiler leaves none out.
 constexpr int PRODUCTS = 4;
 #if WARPGROUPS
 constexpr int THREADS = 256, COLUMNS = 128;

@@ -103,7 +103,8 @@ def inspect(path: str | Path, *, device: str = "auto", arch: str | None = None, 
                 label = f"FP8 per {part.granularity}"
             entry = kinds.setdefault((label, loaded.linear.kernel, loaded.linear.reason), [0, 0, 0, 0])
             share = part.nbytes / taken if taken else 0
-            for i, value in enumerate((file_bytes > 0, part.shape[0] * part.shape[1], file_bytes, loaded.linear.nbytes * share)):
+            for i, value in enumerate((file_bytes > 0, part.shape[0] * part.shape[1], file_bytes,
+                                       loaded.linear.nbytes * share)):
                 entry[i] += value
     found = tuple(WeightKind(format, *(round(value) for value in entry), kernel, reason)
                   for (format, kernel, reason), entry in kinds.items())

@@ -136,7 +136,7 @@ class LLM:
         self.checkpoint, self.ops, self.engine = checkpoint, ops, engine
         self.max_model_len = context
         self.load_seconds, self.workspace_bytes = load_seconds, workspace
-        self.step_bytes, self.flops, self.linears = loader.step_bytes, loader.flops, loader.linears
+        self.step_bytes, self.token_flops, self.linears = loader.step_bytes, loader.token_flops, loader.linears
         self.weight_bytes = loader.weight_bytes
         self.timing = Timing()
         path = checkpoint.path / "generation_config.json"

@@ -176,7 +176,7 @@ class Loader:
                    for one in self.linears)
         return round(read) + self.norm_bytes
 
-    def flops(self, *, head: bool) -> float:
+    def token_flops(self, *, head: bool) -> float:
         """Floating-point operations of one token in all linears, with or without the head: two for each weight."""
         return sum(2 * math.prod(one.shape) * one.read() for one in self.linears if head or not one.is_head)
 

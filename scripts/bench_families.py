@@ -115,8 +115,8 @@ def spread(rates: list[float], digits: int = 1) -> str:
 
 
 def row(directory: Path, shape: str, layers: int | None, repeat: int, bandwidth: float,
-        flops: float) -> list[str]:
-    """The figures of one shape, under its headings; bandwidth and flops: bytes and operations per second at most."""
+        rate: float) -> list[str]:
+    """The figures of one shape, under its headings; bandwidth, rate: bytes and matrix operations per second at most."""
     with checkpoint(directory, shape, layers) as (path, made):
         room = 8 * -(-(CONTEXT + NEW_TOKENS) // 64) * 64
         memory = DeviceMemory()
@@ -132,7 +132,7 @@ def row(directory: Path, shape: str, layers: int | None, repeat: int, bandwidth:
                 step = (llm.step_bytes(sequences) + memory_bytes) / sequences
                 cells.append(f"{spread(rates)}, {statistics.median(rates) * step / bandwidth:.3f}")
             rates = measure(llm, 1, PREFILL, 1, repeat)[0]
-            cells.append(f"{spread(rates, 0)}, {statistics.median(rates) * llm.flops(head=False) / flops:.3f}")
+            cells.append(f"{spread(rates, 0)}, {statistics.median(rates) * llm.token_flops(head=False) / rate:.3f}")
             peak = memory.peak(llm)
             ids = llm.generate([7, 8, 9], greedy(61))[0].ids
             layers_choices = expert_choices(llm, ids)
@@ -165,11 +165,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="only so many of each shape's first layers, to try this program")
     arguments = parser.parse_args()
     bandwidth = read_bandwidth("cuda")
-    flops = matrix_rate("cuda")
-    print(f"read bandwidth {bandwidth / 1e9:.0f} GB/s, matrix rate {flops / 1e12:.0f} TFLOP/s\n", flush=True)
+    rate = matrix_rate("cuda")
+    print(f"read bandwidth {bandwidth / 1e9:.0f} GB/s, matrix rate {rate / 1e12:.0f} TFLOP/s\n", flush=True)
     print(f"| {' | '.join(HEADER)} |\n|{' --- |' * len(HEADER)}", flush=True)
     for shape in arguments.shapes or FAMILIES:
-        cells = row(arguments.directory, shape, arguments.layers, arguments.repeat, bandwidth, flops)
+        cells = row(arguments.directory, shape, arguments.layers, arguments.repeat, bandwidth, rate)
         print(f"| {' | '.join(cells)} |", flush=True)
 
 

@@ -42,25 +42,25 @@ def test_figures(checkpoint: Path, device: str):
         share = found["decode"]["median"] / 3 * found["step_bytes"] / found["read_bandwidth"]
         assert found["decode_share"] == pytest.approx(share)
     if device == "cuda":
-        share = found["prefill"]["median"] * llm.flops(head=False) / found["matrix_rate"]
+        share = found["prefill"]["median"] * llm.token_flops(head=False) / found["matrix_rate"]
         assert found["matrix_shares"]["prefill"] == pytest.approx(share) and 1e12 < found["matrix_rate"] < 1e16
     else:
         assert found["matrix_rate"] is found["matrix_shares"] is None
 
 
-def test_flops(checkpoint: Path):
+def test_token_flops(checkpoint: Path):
     with fp4rt.load(checkpoint, device="reference") as llm:
         config = llm.engine.model.config
         head = 2 * config.vocab_size * config.hidden_size
-        assert llm.flops(head=True) - llm.flops(head=False) == head
+        assert llm.token_flops(head=True) - llm.token_flops(head=False) == head
         weights = sum(rows * columns for rows, columns in (one.shape for one in llm.linears))
-        assert llm.flops(head=True) == 2 * weights
+        assert llm.token_flops(head=True) == 2 * weights
     moe = Path(__file__).parent / "checkpoints" / "qwen3-moe-modelopt-nvfp4-uneven"
     with fp4rt.load(moe, device="reference") as llm:
         experts = [one for one in llm.linears if one.experts]
         others = sum(one.shape[0] * one.shape[1] for one in llm.linears if not one.experts)
         of_token = sum(one.shape[0] // one.experts * (one.chosen + one.always) * one.shape[1] for one in experts)
-        assert experts and llm.flops(head=True) == pytest.approx(2 * (others + of_token))
+        assert experts and llm.token_flops(head=True) == pytest.approx(2 * (others + of_token))
 
 
 def test_text(checkpoint: Path):

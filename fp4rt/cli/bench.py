@@ -39,8 +39,8 @@ def command(model: str, prompt_tokens: int, max_tokens: int, batch: int, repeat:
     On a GPU, the share of its matrix rate, measured in the same run, that the linears' products reach in prefill and in
     decode (two operations for each weight and token; attention's are not counted).
 
-    Below them, where a step's time goes: the calls of each kind of operation in a real step, with their own weights, are
-    repeated without the others. In the step itself they overlap (a kernel begins while the one before it ends) or wait
+    Below them, where a step's time goes: the calls of each kind of operation in a real step, with their own weights,
+    are repeated without the others. In the step itself they overlap (a kernel begins while the one before it ends) or wait
     for each other, which is what their sum differs by; the host's part is what decode takes beyond the repeated step.
     """
     from fp4rt.breakdown import STEPS, breakdown
@@ -67,7 +67,7 @@ def command(model: str, prompt_tokens: int, max_tokens: int, batch: int, repeat:
                  "batch": batch, "repeat": repeat, "load_seconds": llm.load_seconds, **figures,
                  "weight_bytes": llm.weight_bytes, "step_bytes": round(step), "peak_memory_bytes": peak_memory(llm),
                  "breakdown": asdict(parts) if parts else None}
-        flops = {"prefill": llm.flops(head=False), "decode": llm.flops(head=True)}
+        flops = {"prefill": llm.token_flops(head=False), "decode": llm.token_flops(head=True)}
     bandwidth = read_bandwidth(device, arch)  # only now: what it reads must not count as the model's memory
     rate = matrix_rate(device, arch)
     found |= {"read_bandwidth": bandwidth,

@@ -63,7 +63,7 @@ def softplus(x: np.ndarray) -> np.ndarray:
 
 def choose(logits: np.ndarray, routing: Routing, correction: np.ndarray | None,
            expert_scale: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Router logits [T, E] to the experts [T, slots] and their weights: the chosen ones, best first, then all tokens'."""
+    """Router logits [T, E] to experts [T, slots] and their weights: the chosen ones, best first, then all tokens'."""
     if routing.scoring == "softmax":
         scores = np.exp(logits - logits.max(axis=1, keepdims=True))
         scores /= scores.sum(axis=1, keepdims=True)

@@ -174,8 +174,8 @@ def _grouped(device: Device, x: Activation, ids: cupy.ndarray, weights: cupy.nda
     for e in range(in_blocks, up.experts):
         inner = Activation(device.scratch((tokens, up.features), np.float16), inner_exponent, inner_bound)
         launch(device, given, up.expert(e), inner.data, STORE_HALF, activation, inner_exponent, False)
-        own = slice(grouped + (e - in_blocks) * tokens, grouped + (e - in_blocks + 1) * tokens)  # in the order of tokens
-        launch(device, inner, down.expert(e), outputs[own], STORE_HALF, None, each, False)
+        first = grouped + (e - in_blocks) * tokens
+        launch(device, inner, down.expert(e), outputs[first:first + tokens], STORE_HALF, None, each, False)
     device.kernel("experts", "sum_slots" if each_bound is not None else "sum_float_slots")(
         tokens, _THREADS, outputs, places, weights, out, slots, down.features, int(mode == ADD_FLOAT),
         math.ldexp(1.0, each), math.ldexp(1.0, -exponent), shared=8 * slots + _AHEAD, pdl=True)

@@ -207,17 +207,49 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const v
     int added = 0;  // bit: whether this warp read that set
     unsigned drain = ring;
     int turn = warp, count = 0, writer = 0;
-    for (int row_tile = block; row_tile < row_tiles; row_tile += blocks, count++) {
-        const bool adds = turn < adders;
-        const bool writes = part == writer;
-        float row_scale = 0.0f, bias = 0.0f, before = 0.0f;
+    // What an adder writes: in a row tile that blocks share, only when it is to add again, or at the end. The others'
+    // sums are there by then, and no row tile waits for them.
+    float value = 0.0f, row_scale = 0.0f, bias = 0.0f, before = 0.0f;
+    int unwritten = -1, slot = 0;  // its row tile; of a row tile's sums [tokens][16], this thread's
+    auto write = [&]() {
+        const int row = slot % 16, token_of_sum = slot / 16;
+        const int column = gated ? unwritten * 8 + row % 8 : unwritten * 16 + row;
+        const bool valid = token_of_sum < tokens;
+        if (DIVISION == SHARED && valid) {
+            // The parts' sums lie in order, without this one's.
+            volatile unsigned long long* from = handed_over + (size_t)unwritten * (parts - 1) * tokens * 16 + slot;
+            float total = 0.0f;
+#pragma unroll 1
+            for (int p = 0; p < parts; p++) {
+                if (p != part) {
+                    unsigned long long sum;
+                    while (!(sum = *from)) {}
+                    *from = 0;
+                    from += tokens * 16;
+                    total += __uint_as_float(static_cast<unsigned>(sum));
+                } else total += value;
+            }
+            value = total;
+        }
+        value = value * (row_scale * e.in_factor) + bias;
+        const float up = __shfl_down_sync(0xffffffffu, value, 8, 16);
+        if (gated) value = gated_product(value, up, e.activation);
+        else if (e.activation == RELU2) value = relu2(value);
+        if (valid && column < e.features && !(gated && row >= 8)) store(e, token_of_sum, column, value, before);
+        unwritten = -1;
+    };
+    for (int row_tile = block;; row_tile += blocks, count++) {
+        const bool adds = turn < adders, writes = part == writer;
+        if (DIVISION == SHARED && unwritten >= 0 && (adds || row_tile >= row_tiles)) write();
+        if (row_tile >= row_tiles) break;
+        if (adds) slot = turn * 32 + lane;
         if (adds && writes) {  // What the outputs need is fetched now: its latency would stand at the end else.
-            const int slot = turn * 32 + lane, row = slot % 16, column_token = slot / 16, packed = row_tile * 16 + row;
+            const int row = slot % 16, token_of_sum = slot / 16, packed = row_tile * 16 + row;
             const int column = gated ? row_tile * 8 + row % 8 : packed;
             row_scale = e.row_scale[packed];
-            if (e.bias) bias = e.bias[packed];
-            if (e.mode == ADD_FLOAT && column_token < tokens && column < e.features)
-                before = reinterpret_cast<const float*>(e.out)[(size_t)column_token * e.stride + column];
+            bias = e.bias ? e.bias[packed] : 0.0f;
+            if (e.mode == ADD_FLOAT && token_of_sum < tokens && column < e.features)
+                before = reinterpret_cast<const float*>(e.out)[(size_t)token_of_sum * e.stride + column];
         }
 
         const int which = count % 2, part_sums = WARPS * tokens * SUM_STRIDE;
@@ -263,52 +295,28 @@ __device__ __forceinline__ void few_tokens(const unsigned char* weights, const v
         }
         if (!adds) barrier_arrive(WRITTEN + which, WARPS * 32);
         else {
-            const int slot = turn * 32 + lane, row = slot % 16, column_token = slot / 16;
-            const int column = gated ? row_tile * 8 + row % 8 : row_tile * 16 + row;
-            const bool valid = column_token < tokens;
+            const int row = slot % 16, token_of_sum = slot / 16;
+            const bool valid = token_of_sum < tokens;
             barrier_wait(WRITTEN + which, WARPS * 32);
-            float value = 0.0f;
+            value = 0.0f;
 #pragma unroll 1
             for (int p = 0; valid && p < held; p++) {
                 float sum = 0.0f;
 #pragma unroll
                 for (int w = 0; w < WARPS; w++)
-                    sum += set[p * part_sums + (w * tokens + column_token) * SUM_STRIDE + row];
+                    sum += set[p * part_sums + (w * tokens + token_of_sum) * SUM_STRIDE + row];
                 value = p ? value + sum : sum;
             }
             barrier_wait(ADDED + which, adders * 32);
             barrier_arrive(READ + which, WARPS * 32);
-            if constexpr (DIVISION == SHARED) {
-                volatile unsigned long long* const exchange =
-                    handed_over + (size_t)row_tile * (parts - 1) * tokens * 16 + slot;
-                auto from = [&](int p) { return exchange + (p - writer - (p > writer ? 1 : 1 - parts)) * tokens * 16; };
-                const unsigned long long own_sum = 1ull << 32 | __float_as_uint(value);
-                if (valid && !writes) *from(part) = own_sum;
-                if (valid && writes) {
-                    constexpr int AT_ONCE = 2;
-                    value = 0.0f;
-#pragma unroll 1
-                    for (int p = 0; p < parts; p += AT_ONCE) {
-                        unsigned long long sum[AT_ONCE];
-#pragma unroll
-                        for (int u = 0; u < AT_ONCE; u++)
-                            sum[u] = p + u == part || p + u >= parts ? own_sum : *from(p + u);
-#pragma unroll
-                        for (int u = 0; u < AT_ONCE; u++) {
-                            if (p + u >= parts) break;
-                            while (!sum[u]) sum[u] = *from(p + u);
-                            value += __uint_as_float(static_cast<unsigned>(sum[u]));
-                            if (p + u != part) *from(p + u) = 0;
-                        }
-                    }
-                }
+            if (writes) {
+                unwritten = row_tile;
+                if (DIVISION != SHARED) write();
+            } else if (valid) {
+                const int place = part - (part > writer);  // of the others' sums
+                *(volatile unsigned long long*)(handed_over + ((size_t)row_tile * (parts - 1) + place) * tokens * 16 +
+                                                slot) = 1ull << 32 | __float_as_uint(value);
             }
-            value = value * (row_scale * e.in_factor) + bias;
-            const float up = __shfl_down_sync(0xffffffffu, value, 8, 16);
-            if (gated) value = gated_product(value, up, e.activation);
-            else if (e.activation == RELU2) value = relu2(value);
-            if (valid && writes && column < e.features && !(gated && row >= 8))
-                store(e, column_token, column, value, before);
         }
         added = (added & ~(1 << which)) | adds << which;
         writer = writer + 1 == sharing ? 0 : writer + 1;

@@ -160,9 +160,11 @@ class MoE:
         self.gate_up_proj, self.down_proj = load.experts(
             at, ExpertShape(experts, hidden, sizes.moe_intermediate_size), sizes.routing.top_k)
 
-    def __call__(self, h: Any) -> Any:
-        choice = self.ops.route(h, self.router, self.routing, norm=self.router_norm, expert_scale=self.expert_scale,
-                                experts_norm=self.norm)
+    def route(self, h: Any) -> Any:
+        return self.ops.route(h, self.router, self.routing, norm=self.router_norm, expert_scale=self.expert_scale,
+                              experts_norm=self.norm, beside=True)
+
+    def __call__(self, h: Any, choice: Any) -> Any:
         return self.ops.experts(h, choice, self.gate_up_proj, self.down_proj, activation="gelu_tanh", norm=self.norm)
 
 
@@ -208,10 +210,12 @@ class Layer:
     def __call__(self, h: Any, batch: Any, pages: Any, per_layer_inputs: Any = None) -> Any:
         a = self.self_attn(h, self.input_layernorm, batch, pages)
         h = self.ops.merge(h, [(a, self.post_attention_layernorm)])
+        choice = self.moe.route(h) if self.moe else None  # beside the dense MLP, which needs nothing of it
         m = self.mlp(h, self.pre_feedforward_layernorm)
         branches = [(m, None)]
         if self.moe:
-            branches = [(m, self.post_feedforward_layernorm_1), (self.moe(h), self.post_feedforward_layernorm_2)]
+            branches = [(m, self.post_feedforward_layernorm_1),
+                        (self.moe(h, choice), self.post_feedforward_layernorm_2)]
         last = self.per_layer_input is None
         h = self.ops.merge(h, branches, norm=self.post_feedforward_layernorm, scale=self.layer_scalar if last else 1.0)
         return h if last else self.per_layer_input(h, per_layer_inputs, self.index, self.layer_scalar)

@@ -268,12 +268,13 @@ class Ops(Protocol):
 
     def route(self, x: Handle, router: Linear, routing: Routing, *, norm: Handle | None = None,
               correction: Handle | None = None, expert_scale: Handle | None = None,
-              experts_norm: Handle | None = None) -> Handle:
+              experts_norm: Handle | None = None, beside: bool = False) -> Handle:
         """Each token's experts, int32 [T, slots], and their weights, float32 [T, slots]; x and norm as for `linear`.
 
         The router's logits are float32. correction [E] is added to the scores for choosing; expert_scale [E]
         multiplies the weights of the chosen experts at last. experts_norm: the norm that `experts` will be given for
-        this x, if another than the router's: both may be computed here.
+        this x, if another than the router's: both may be computed here. beside: other operations, which leave x alone,
+        come between this one and the `experts` that take its choice, and may be computed at the same time.
         """
 
     def experts(self, x: Handle, choice: Handle, up: Linear, down: Linear, *, activation: str,

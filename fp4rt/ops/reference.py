@@ -385,7 +385,8 @@ class ReferenceOps:
         y = self.linear(h[batch.rows], head, norm=norm)
         return y if softcap is None else np.float32(softcap) * np.tanh(y / np.float32(softcap))
 
-    def route(self, x, router, routing, *, norm=None, correction=None, expert_scale=None, experts_norm=None):
+    def route(self, x, router, routing, *, norm=None, correction=None, expert_scale=None, experts_norm=None,
+              beside=False):
         return choose(self.linear(x, router, norm=norm), routing, correction, expert_scale)
 
     def experts(self, x, choice, up, down, *, activation, norm=None, residual=None):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ from fp4rt.ops.cuda import (attention, batch, embedding, experts, layouts, linea
                             rms_norm, route, sample, warpgroup)
 from fp4rt.ops.cuda.activation import Activation
 from fp4rt.ops.cuda.device import Device, Fetched
+
+_BESIDE_TOKENS = 256  # of more, whatever is launched fills the chip by itself
 
 
 def _on_device(cls: type) -> type:
@@ -139,13 +142,16 @@ class CudaOps:
 
     def route(self, x: cupy.ndarray | Activation, router: linear.CudaLinear, routing: Routing, *,
               norm: rms_norm.Norm | None = None, correction: route.Vector | None = None,
-              expert_scale: route.Vector | None = None, experts_norm: rms_norm.Norm | None = None) -> route.Choice:
-        return route.route(self.gpu, x, router, routing, norm, correction, expert_scale, experts_norm or norm,
-                           self.deterministic)
+              expert_scale: route.Vector | None = None, experts_norm: rms_norm.Norm | None = None,
+              beside: bool = False) -> route.Choice:
+        with self.gpu.beside() if beside and x.shape[0] <= _BESIDE_TOKENS else contextlib.nullcontext():
+            return route.route(self.gpu, x, router, routing, norm, correction, expert_scale, experts_norm or norm,
+                               self.deterministic)
 
     def experts(self, x: cupy.ndarray | Activation, choice: route.Choice, up: experts.CudaExperts,
                 down: experts.CudaExperts, *, activation: str, norm: rms_norm.Norm | None = None,
                 residual: cupy.ndarray | None = None) -> cupy.ndarray | Activation:
+        self.gpu.join()
         if norm is not None:
             kept = choice.normed
             x = kept if kept and kept.x is x and kept.norm is norm else rms_norm.Normed(x, norm)
@@ -214,6 +220,7 @@ class CudaOps:
             try:
                 result = step()
             finally:
+                self.gpu.join()
                 graph = self.gpu.stream.end_capture()
 
         def replay() -> Any:

@@ -1,11 +1,12 @@
-"""One GPU as fp4rt uses it: its architecture and limits, one stream, memory within a budget, kernels by name."""
+"""One GPU as fp4rt uses it: its architecture and limits, its streams, memory within a budget, kernels by name."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +62,11 @@ class Device:
         runtime.free(0)  # creates the context
         self._context = self.driver.current_context()
         self._popped = ctypes.byref(ctypes.c_void_p())
-        self.stream = cupy.cuda.Stream(non_blocking=True)
+        self.stream = self.launching = cupy.cuda.Stream(non_blocking=True)
+        self.crosses = False  # whether the next launch waits for another stream
+        self._other_stream = cupy.cuda.Stream(non_blocking=True)
+        self._branches = False
+        self._parted, self._done = (cupy.cuda.Event(disable_timing=True) for _ in range(2))
         self.budget = Budget(self.id, gpu_memory)
         self.memory = Arena(self.budget, "the model", slabs=True)
         self._scratch = Arena(self.budget, "one step's work")
@@ -131,6 +136,33 @@ class Device:
             self._clusters[size, shared] = kernel.most_clusters(size, 256, shared)
         return self._clusters[size, shared]
 
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        """What is launched within may run at the same time as what is launched after it, until `join`. Neither writes
+        what the other touches, scratch memory included: none that is given back meanwhile is handed out again."""
+        self.join()
+        self._branches = self._scratch.keeps = True
+        if not self.planning:
+            self._staging.drain()
+            self._parted.record(self.stream)
+            self._other_stream.wait_event(self._parted)
+            self.launching, self.crosses = self._other_stream, True
+        try:
+            yield
+        finally:
+            if not self.planning:
+                self._done.record(self._other_stream)
+                self.launching, self.crosses = self.stream, False
+
+    def join(self) -> None:
+        """What follows comes after what was launched beside."""
+        if not self._branches:
+            return
+        self._branches = self._scratch.keeps = False
+        if not self.planning:
+            self.stream.wait_event(self._done)
+            self.crosses = True
+
     # -- Memory ---------------------------------------------------------------------------------------------------
 
     def scratch(self, shape: int | Sequence[int], dtype: np.typing.DTypeLike) -> cupy.ndarray:
@@ -146,6 +178,7 @@ class Device:
             step()
             nbytes = self._scratch.high_water
         finally:
+            self.join()
             self._scratch, self.planning = real, False
             rehearsed, self._rehearsed = self._rehearsed, []
         for stem, entry, defines in rehearsed:
@@ -200,6 +233,7 @@ class Device:
 
     def synchronize(self) -> None:
         """Wait until everything asked for is done."""
+        self.join()
         self._staging.drain()
         self.stream.synchronize()
 
@@ -212,12 +246,14 @@ class Device:
     def copy(self, array: cupy.ndarray, into: cupy.ndarray) -> None:
         """Copy a contiguous array to another of the same bytes, in the order of the stream."""
         if not self.planning:
+            self.join()
             self._staging.drain()
             runtime.memcpyAsync(into.data.ptr, array.data.ptr, array.nbytes, runtime.memcpyDeviceToDevice,
                                 self.stream.ptr)
 
     def fetch(self, array: cupy.ndarray) -> Fetched:
         """Start copying a contiguous array to the host."""
+        self.join()
         self._staging.drain()
         return Fetched(self, array)
 

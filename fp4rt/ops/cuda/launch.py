@@ -3,7 +3,7 @@
 Programmatic dependent launch (sm_90 and later): a kernel that was launched with it may start while the one before it
 on the stream is still running, and must execute griddepcontrol.wait before it touches anything the others write or
 read. Every kernel launched so must wait in some block, or the kernel after it would not wait for those before; a block
-that touches nothing may leave without a wait.
+that touches nothing may leave without a wait. The first one behind another stream's work is launched without it.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Kernel:
         base = ctypes.addressof(self._slots)
         self._parameters = (ctypes.c_void_p * _MAX_ARGUMENTS)(*(base + 8 * i for i in range(_MAX_ARGUMENTS)))
         self._attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, (ctypes.c_int * 16)(1))
-        self._config = _Config(stream=device.stream.ptr, attributes=ctypes.pointer(self._attribute))
+        self._config = _Config(attributes=ctypes.pointer(self._attribute))
         self._config_pointer = ctypes.byref(self._config)
         self._shared_allowed = 0
         # One split between L1 and shared memory for all kernels: an SM must be idle to change it, so two kernels with
@@ -135,7 +135,9 @@ class Kernel:
         config.grid[:] = grid
         config.block[:] = block
         config.shared = shared
-        config.count = 1 if pdl and device.has_pdl else 0
+        config.stream = device.launching.ptr
+        config.count = 1 if pdl and device.has_pdl and not device.crosses else 0
+        device.crosses = False
         if shared > max(self._shared_allowed, _SHARED_WITHOUT_ASKING):
             device.driver.set_attribute(self._pointer, _MAX_DYNAMIC_SHARED, shared, self.name)
             self._shared_allowed = shared

@@ -90,7 +90,8 @@ class _Extent:
 class Arena:
     """Arrays out of few driver allocations. The same takes and returns in the same order give the same addresses.
 
-    All work runs on one stream, so memory may be handed out again as soon as its Python handle is gone.
+    Work runs on one stream, so memory may be handed out again as soon as its Python handle is gone; but while it does
+    not, none is: `keeps`.
     `slabs`: take more from the driver than asked for, because many small arrays follow.
     """
 
@@ -99,6 +100,7 @@ class Arena:
         self._returned: deque[tuple[_Block, int, int]] = deque()
         self._blocks = [_Block(None, 1 << 50)] if virtual else []
         self.high_water = 0
+        self.keeps = False
 
     @property
     def nbytes(self) -> int:
@@ -135,7 +137,8 @@ class Arena:
         self._blocks.clear()
 
     def _take(self, size: int) -> tuple[_Block, int]:
-        self._collect()
+        if not self.keeps:
+            self._collect()
         for block in self._blocks:
             if (start := block.take(size)) is not None:
                 return block, start

@@ -12,6 +12,7 @@ share that the token before it chose (their weights may still be in a cache).
 from __future__ import annotations
 
 import argparse
+import gc
 import shutil
 import statistics
 import sys
@@ -100,13 +101,14 @@ def checkpoint(directory: Path, shape: str, layers: int | None) -> Iterator[tupl
 
 def measure(llm: fp4rt.LLM, sequences: int, prompt_tokens: int, new_tokens: int,
             repeat: int) -> tuple[list[float], list[float]]:
-    """Tokens per second of prefill and of decode, of each run after one that warms up, in ascending order."""
+    """Tokens per second of prefill and of decode, of each run after two that warm up (a step is recorded when its sizes
+    come for the second time), in ascending order."""
     rng, runs = np.random.default_rng(1), []
-    for _ in range(repeat + 1):
+    for _ in range(2 + repeat):
         prompts = rng.integers(0, llm.engine.model.config.vocab_size, (sequences, prompt_tokens)).tolist()
         llm.generate(prompts, greedy(new_tokens))
         runs.append((llm.timing.prefill_rate, llm.timing.decode_rate))
-    prefill, decode = (sorted(rates) for rates in zip(*runs[1:]))
+    prefill, decode = (sorted(rates) for rates in zip(*runs[2:]))
     return prefill, decode
 
 
@@ -124,6 +126,7 @@ def row(directory: Path, shape: str, layers: int | None, repeat: int, bandwidth:
         planned = plan.weight_bytes + plan.table_bytes + plan.workspace + plan.kv_bytes
         with fp4rt.load(path, device="cuda", max_model_len=room, prefix_caching=False) as llm:
             print("\n".join(llm.report), file=sys.stderr)
+            gc.freeze()  # as a server does
             load_seconds, held = llm.load_seconds, llm.ops.gpu.budget.used
             cells = []
             for sequences in (1, 8):
@@ -140,6 +143,7 @@ def row(directory: Path, shape: str, layers: int | None, repeat: int, bandwidth:
             print(f"{shape}: own allocations {held / 1e9:.3f} GB after loading, {llm.ops.gpu.budget.peak / 1e9:.3f} at "
                   f"most; workspace {llm.workspace_bytes / 1e6:.1f} MB, planned {plan.workspace / 1e6:.1f}; "
                   f"{len(set(ids))} different tokens of {len(ids)}", file=sys.stderr)
+        gc.unfreeze()
         cells = [shape, f"{made:.1f} s", f"{load_seconds:.1f} s", *cells, f"{peak / 1e9:.3f} GB",
                  f"{planned / 1e9:.3f} GB ({peak / planned - 1:+.1%})", again]
         if shape in SMALL_CARDS:
@@ -161,7 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path, metavar="DIRECTORY")
     parser.add_argument("shapes", nargs="*", metavar="SHAPE", help=f"of {', '.join(SHAPES)}; default: one per family")
-    parser.add_argument("--repeat", type=int, default=3, help="runs of each measurement after one that warms up")
+    parser.add_argument("--repeat", type=int, default=3, help="runs of each measurement after two that warm up")
     parser.add_argument("--layers", type=int, help="only so many of each shape's first layers, to try this program")
     arguments = parser.parse_args()
     bandwidth = read_bandwidth("cuda")

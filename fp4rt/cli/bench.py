@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import sys
@@ -26,7 +27,7 @@ FEWEST_STEPS = 4  # of decode that can be taken apart
 @click.option("--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, help="Tokens of each prompt.")
 @click.option("--max-tokens", type=click.IntRange(2), default=128, show_default=True, help="Tokens generated for each.")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Prompts that run together.")
-@click.option("--repeat", type=click.IntRange(1), default=5, show_default=True, help="Runs after one that warms up.")
+@click.option("--repeat", type=click.IntRange(1), default=5, show_default=True, help="Runs after those that warm up.")
 @click.option("--json", "as_json", is_flag=True, help="Figures as JSON, in bytes, seconds and tokens per second.")
 @options(MODEL_OPTIONS)
 def command(model: str, prompt_tokens: int, max_tokens: int, batch: int, repeat: int, as_json: bool, quiet: bool,
@@ -58,7 +59,7 @@ def command(model: str, prompt_tokens: int, max_tokens: int, batch: int, repeat:
         parts = None
         if max_tokens > FEWEST_STEPS:  # first, because it takes the step that the engine is about to record
             skipped = max(0, max_tokens // 2 - STEPS)  # attention is timed at the contexts that decode has on average
-            parts = breakdown(llm, prompts(llm, prompt_tokens + skipped, batch, repeat + 1),
+            parts = breakdown(llm, prompts(llm, prompt_tokens + skipped, batch, repeat + 2),
                               min(max_tokens - skipped - 1, 128), repeat)
         figures = measure(llm, prompt_tokens, max_tokens, batch, repeat, show=sys.stderr.isatty() and not quiet)
         experts = parts.experts_read if parts else None
@@ -146,12 +147,17 @@ def measure(llm: LLM, prompt_tokens: int, max_tokens: int, batch: int, repeat: i
 
     sampling = Sampling(temperature=0, max_tokens=max_tokens, ignore_eos=True, repetition_penalty=1.0)
     samples: dict[str, list[float]] = {"prefill": [], "decode": [], "first_token": []}
-    for run in tqdm(range(repeat + 1), desc="measuring", leave=False, disable=not show):
-        llm.generate(prompts(llm, prompt_tokens, batch, run), sampling)
-        if run > 0:
-            samples["prefill"].append(llm.timing.prefill_rate)
-            samples["decode"].append(llm.timing.decode_rate)
-            samples["first_token"].append(llm.timing.first_token - llm.timing.started)
+    warming = 2 if llm.ops.lookahead else 1  # a step is recorded when its sizes come for the second time
+    gc.freeze()  # as a server does: a full collection that looks through all that is loaded takes 30 ms
+    try:
+        for run in tqdm(range(warming + repeat), desc="measuring", leave=False, disable=not show):
+            llm.generate(prompts(llm, prompt_tokens, batch, run), sampling)
+            if run >= warming:
+                samples["prefill"].append(llm.timing.prefill_rate)
+                samples["decode"].append(llm.timing.decode_rate)
+                samples["first_token"].append(llm.timing.first_token - llm.timing.started)
+    finally:
+        gc.unfreeze()
     return {name: {"median": statistics.median(values), "min": min(values), "max": max(values)}
             for name, values in samples.items()}
 

@@ -23,6 +23,7 @@ MAX_HEADER_BYTES = 100 << 20  # the limit of the safetensors library itself
 MAX_JSON_BYTES = 64 << 20
 MAX_NAME = 255  # characters of a file's or tensor's name
 MAX_DIMENSIONS = 8
+CHECKS_TOGETHER = 64  # that a thread takes at once: it waits longer for the interpreter than it looks
 
 # How each safetensors dtype is held in numpy: the bits, not the meaning, where numpy has no such number.
 STORAGE = {
@@ -143,6 +144,7 @@ class Checkpoint:
         self._entries = self._read_entries()
         self._read: set[str] = set()
         self.skipped: dict[str, str] = {}  # tensors that are not used, and why
+        self._looks: list[Callable[[], None]] = []  # not handed to the checker yet
         self._checks: list[Future[None]] = []
         self._checker: ThreadPoolExecutor | None = None
 
@@ -174,11 +176,11 @@ class Checkpoint:
         shards: dict[str, dict[str, _Entry]] = {}
         entries = {}
         for name, file in weight_map.items():
-            if not (isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors")
-                    and len(file) <= MAX_NAME and file.isprintable()):
-                raise Fp4rtError("checkpoint", f"{index}: puts {shown(name)} into {shown(file)}, which is not a "
-                                               "safetensors file in this directory")
-            if file not in shards:
+            if not isinstance(file, str) or file not in shards:
+                if not (isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors")
+                        and len(file) <= MAX_NAME and file.isprintable()):
+                    raise Fp4rtError("checkpoint", f"{index}: puts {shown(name)} into {shown(file)}, which is not a "
+                                                   "safetensors file in this directory")
                 if not (self.path / file).is_file():
                     raise Fp4rtError("checkpoint", f"{index}: names {file}, which is missing; download it")
                 shards[file] = read_header(self.path / file)
@@ -233,19 +235,33 @@ class Checkpoint:
             if entry.file not in self._maps:
                 with entry.file.open("rb") as stream:
                     self._maps[entry.file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-            raw = np.frombuffer(self._maps[entry.file], np.uint8, entry.end - entry.begin, entry.begin)
-            data = (raw if entry.begin % storage.itemsize == 0 else raw.copy()).view(storage).reshape(entry.shape)
+            data = np.frombuffer(self._maps[entry.file], storage, (entry.end - entry.begin) // storage.itemsize,
+                                 entry.begin).reshape(entry.shape)
+            if entry.begin % storage.itemsize:
+                data = data.copy()
         return Tensor(name, entry.dtype, entry.shape, data, entry.file.name)
 
     def check(self, look: Callable[[], None]) -> None:
         """Look through many values in another thread, while more is read; `finish_checks` raises what that raises."""
+        self._looks.append(look)
+        if len(self._looks) == CHECKS_TOGETHER:
+            self._begin_checks()
+
+    def _begin_checks(self) -> None:
+        def look_through(looks: list[Callable[[], None]]) -> None:
+            for look in looks:
+                look()
+
         if self._checker is None:
             self._checker = ThreadPoolExecutor(2, "fp4rt-check")
-        self._checks.append(self._checker.submit(look))
+        self._checks.append(self._checker.submit(look_through, self._looks))
+        self._looks = []
 
     def finish_checks(self) -> None:
         """Wait for all checks; raises what the first one found, in the order they were asked for."""
         try:
+            if self._looks:
+                self._begin_checks()
             for check in self._checks:
                 check.result()
         finally:
@@ -253,7 +269,7 @@ class Checkpoint:
 
     def drop_checks(self) -> None:
         """Begin no more checks, and wait for those under way: the files are nobody's business afterwards."""
-        self._checks = []
+        self._looks, self._checks = [], []
         if self._checker is not None:
             self._checker.shutdown(cancel_futures=True)
             self._checker = None

@@ -29,6 +29,7 @@ _COMPILE_THREADS = 8
 _UPLOAD_THREADS = 8       # as many fill the link of an H100 (PCIe 5, 50 GB/s); each copies 9 GB/s
 _PIECE = 4 << 20          # bytes copied at a time through one pinned buffer: less is bound by Python's own time
 _PINNED = 16              # such buffers at most
+_ALIGNMENT = 256          # bytes: of pieces that share one
 _RING = 1 << 20           # bytes of pinned memory for a step's own small copies
 _LEAST_ROOM = 4 << 10     # bytes of pinned memory that something small is fetched to: powers of two, from 1024 ids to
 _LARGEST_ROOM = 256 << 10  # as many rows' 20 likeliest ids and their log-probabilities
@@ -341,12 +342,30 @@ class _SmallCopies:
                 self._done[0].synchronize()
 
 
+class _Buffer:
+    """Pinned memory that pieces of uploads pass through, small ones together: threads take turns to run Python, so what
+    they are given to do must be few things. `copies`: of its pieces that are not on the stream yet."""
+
+    def __init__(self) -> None:
+        self.pinned = PinnedMemory(_PIECE)
+        self.bytes = _view(self.pinned, _PIECE)
+        self.pieces: list[tuple[int, np.ndarray]] = []
+        self.used = self.copies = 0
+        self.filled: Future[None] | None = None
+        self.done = cupy.cuda.Event(disable_timing=True)
+
+    def fill(self) -> None:
+        self.done.synchronize()  # what was in it is on the device
+        for offset, piece in self.pieces:
+            np.copyto(self.bytes[offset:offset + len(piece)], piece)
+
+
 @dataclass
 class _Copy:
-    """A piece of an upload: being copied to pinned memory, then due on the stream. `into` keeps the target's memory."""
+    """A piece of an upload, due on the stream once its buffer is filled. `into` keeps the target's memory."""
 
-    filled: Future[None]
-    buffer: tuple[PinnedMemory, np.ndarray, cupy.cuda.Event]
+    buffer: _Buffer
+    place: int
     into: cupy.ndarray
     offset: int
     nbytes: int
@@ -363,21 +382,33 @@ class _Staging:
         self.pending: deque[_Copy | Callable[[], object]] = deque()
         self.defers = False
         self._pool: ThreadPoolExecutor | None = None
-        self._free: deque[tuple[PinnedMemory, np.ndarray, cupy.cuda.Event]] = deque()
+        self._free: deque[_Buffer] = deque()
+        self._open: _Buffer | None = None  # takes more pieces
         self._buffers = 0
 
     def upload(self, source: np.ndarray, into: cupy.ndarray) -> None:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(_UPLOAD_THREADS, "fp4rt-upload", initializer=runtime.setDevice,
                                             initargs=(self._device.id,))
-        for begin in range(0, len(source), _PIECE):
-            piece, buffer = source[begin:begin + _PIECE], self._take()
-            self.pending.append(_Copy(self._pool.submit(_fill, buffer, piece), buffer, into, begin, len(piece)))
+        begin = 0
+        while begin < len(source):
+            if self._open is None:
+                self._open = self._take()
+            buffer, place = self._open, self._open.used
+            piece = source[begin:begin + _PIECE - place]
+            buffer.pieces.append((place, piece))
+            buffer.used = min(place + -(-len(piece) // _ALIGNMENT) * _ALIGNMENT, _PIECE)
+            buffer.copies += 1
+            self.pending.append(_Copy(buffer, place, into, begin, len(piece)))
             self.defers = True
-        self._advance(lambda first: first.filled.done())
+            begin += len(piece)
+            if buffer.used == _PIECE:
+                self._submit()
+                self._advance(lambda first: first.buffer.filled is not None and first.buffer.filled.done())
 
     def drain(self) -> None:
         if self.pending:
+            self._submit()
             self._advance(lambda first: True)
 
     def close(self) -> None:
@@ -387,12 +418,18 @@ class _Staging:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
         self._free.clear()
+        self._open = None
 
-    def _take(self) -> tuple[PinnedMemory, np.ndarray, cupy.cuda.Event]:
+    def _submit(self) -> None:
+        """Nothing more goes into the open buffer: fill it."""
+        if self._open is not None:
+            self._open.filled = self._pool.submit(self._open.fill)
+            self._open = None
+
+    def _take(self) -> _Buffer:
         if not self._free and self._buffers < _PINNED:
             self._buffers += 1
-            pinned = PinnedMemory(_PIECE)
-            return pinned, _view(pinned, _PIECE), cupy.cuda.Event(disable_timing=True)
+            return _Buffer()
         while not self._free:
             self._advance(lambda first: not self._free)
         return self._free.popleft()
@@ -406,20 +443,18 @@ class _Staging:
                 if not isinstance(first, _Copy):
                     first()
                     continue
-                first.filled.result()
-                pinned, _, done = first.buffer
-                runtime.memcpyAsync(first.into.data.ptr + first.offset, pinned.ptr, first.nbytes,
+                buffer = first.buffer
+                buffer.filled.result()
+                runtime.memcpyAsync(first.into.data.ptr + first.offset, buffer.pinned.ptr + first.place, first.nbytes,
                                     runtime.memcpyHostToDevice, self._device.stream.ptr)
-                done.record(self._device.stream)
-                self._free.append(first.buffer)
+                buffer.copies -= 1
+                if not buffer.copies:
+                    buffer.done.record(self._device.stream)
+                    buffer.pieces.clear()
+                    buffer.used, buffer.filled = 0, None
+                    self._free.append(buffer)
         finally:
             self.defers = bool(self.pending)
-
-
-def _fill(buffer: tuple[PinnedMemory, np.ndarray, cupy.cuda.Event], piece: np.ndarray) -> None:
-    _, view, done = buffer
-    done.synchronize()  # what was in it is on the device
-    np.copyto(view[:len(piece)], piece)
 
 
 def _launch_nothing(*args: Any, **kwargs: Any) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -48,8 +48,7 @@ class Tensor:
         return f"{self.file}: tensor {self.name} ({self.dtype} {list(self.shape)})"
 
 
-@dataclass(frozen=True)
-class _Entry:
+class _Entry(NamedTuple):
     """Where a tensor lies: byte offsets from the start of its file."""
 
     file: Path
@@ -110,10 +109,10 @@ def read_header(path: Path) -> dict[str, _Entry]:
         dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
         if not isinstance(dtype, str) or dtype not in STORAGE:
             raise Fp4rtError("checkpoint", f"{path}: tensor {name} has dtype {shown(dtype)}, which fp4rt does not read")
-        if not (isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS
-                and all(type(n) is int and 0 <= n < 1 << 48 for n in shape)):
+        if not (_integers(shape) and len(shape) <= MAX_DIMENSIONS
+                and (not shape or min(shape) >= 0 and max(shape) < 1 << 48)):
             raise broken(f"tensor {name} has shape {shown(shape)}")
-        if not (isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int for n in offsets)):
+        if not (_integers(offsets) and len(offsets) == 2):
             raise broken(f"tensor {name} has data_offsets {shown(offsets)}")
         begin, end = offsets
         if not 0 <= begin <= end <= size - start:
@@ -126,6 +125,11 @@ def read_header(path: Path) -> dict[str, _Entry]:
         if two.begin < one.end:
             raise broken(f"tensors {name} and {other} overlap")
     return entries
+
+
+def _integers(value: Any) -> bool:
+    """Whether a value out of a header is a list of whole numbers (which true and false are not)."""
+    return isinstance(value, list) and {int}.issuperset(map(type, value))
 
 
 class Checkpoint:

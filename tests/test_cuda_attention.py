@@ -151,7 +151,7 @@ class Layer:
 
 
 def random_qkv(case: AttentionCase, tokens: int, seed: int) -> np.ndarray:
-    x = np.random.default_rng(seed).standard_normal((tokens, case.shape.input_width)) * 8
+    x = np.random.default_rng(seed).standard_normal((tokens, case.shape.input_width), np.float32) * 8
     return x.astype(np.float16)
 
 

@@ -159,8 +159,8 @@ def build_decoder(scope: Scope, source: Config, config: DecoderConfig, load: Loa
               for i in range(config.num_hidden_layers)]
     rope = load.ops.rope_table(*inverse_frequencies(source, config.head_dim), max_positions)
     embed_tokens, lm_head = load.embedding_and_head(
-        scope.at("model.embed_tokens"), None if config.tie_word_embeddings else scope.at("lm_head"),
-        config.vocab_size, config.hidden_size)
+        scope.at("model.embed_tokens"), scope.at("lm_head"), config.vocab_size, config.hidden_size,
+        tied=config.tie_word_embeddings)
     norm = load.norm(scope, "model.norm", config.hidden_size, config.rms_norm_eps)
     layers = []
     for i in progress(range(config.num_hidden_layers)):

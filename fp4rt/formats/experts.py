@@ -11,7 +11,7 @@ from fp4rt.errors import Fp4rtError
 from fp4rt.formats.dense import Dense
 from fp4rt.formats.mxfp4 import Mxfp4
 from fp4rt.formats.nvfp4 import Nvfp4
-from fp4rt.formats.read import FLOATS, read_vector, read_weight
+from fp4rt.formats.read import FLOATS, has_weight, read_vector, read_weight
 from fp4rt.formats.weight import Weight
 
 
@@ -47,7 +47,7 @@ class ExpertShape:
 def read_experts(scope: Scope, shape: ExpertShape) -> tuple[list[list[Weight]], list[list[Weight]]]:
     """(up, down): for each expert its parts, gate before up. Raises Fp4rtError("checkpoint")."""
     for names in SEPARATE:
-        if _has_linear(scope.at("0"), names[-1]):
+        if has_weight(scope.at(f"0.{names[-1]}")):
             return _separate(scope, shape, names)
     stacked = "gate_up_proj" if shape.gated else "up_proj"
     if scope.has(f"{stacked}_blocks"):
@@ -62,13 +62,9 @@ def _sizes(stacked: str, shape: ExpertShape) -> tuple[tuple[str, int, int], ...]
     return ((stacked, shape.inner * (2 if shape.gated else 1), shape.hidden), ("down_proj", shape.hidden, shape.inner))
 
 
-def _has_linear(scope: Scope, name: str) -> bool:
-    return scope.has(f"{name}.weight") or scope.has(f"{name}.weight_packed")
-
-
 def _separate(scope: Scope, shape: ExpertShape, names: tuple[str, str, str]) -> tuple[list[list[Weight]], ...]:
     *up_names, down_name = names if shape.gated else names[1:]
-    if _has_linear(scope.at(str(shape.num_experts)), down_name):
+    if has_weight(scope.at(f"{shape.num_experts}.{down_name}")):
         raise Fp4rtError("checkpoint", f"{scope.checkpoint.path}: {scope.prefix} holds more experts than the "
                          f"{shape.num_experts} that config.json states")
     up, down = [], []

@@ -130,6 +130,17 @@ def _mxfp4(scope: Scope, tensor: Tensor, n: int, k: int, extra: dict) -> Mxfp4:
     return Mxfp4(tensor.name, tensor.data, scales.data, **extra)
 
 
+def has_weight(scope: Scope) -> bool:
+    """Whether a linear lies at `scope`, in whatever format."""
+    return scope.has("weight") or scope.has("weight_packed")
+
+
+def is_copy(scope: Scope, other: Scope) -> bool:
+    """Whether the unquantized linear at `scope` holds the same bytes as the one at `other`."""
+    return (scope.has("weight") and other.has("weight") and not scope.has("weight_scale")
+            and scope.checkpoint.same(scope.name("weight"), other.name("weight")))
+
+
 def read_weight(scope: Scope, n: int, k: int, *, bias: bool = False) -> Weight:
     """The linear at `scope`, [n, k] and with a bias or without as the config says.
 

@@ -55,9 +55,6 @@ def read_config(checkpoint: Checkpoint) -> tuple[Config, Any]:
     if algorithm in REFUSED_ALGORITHMS:
         raise config.refuse("quantization_config.quant_algo", f"is {algorithm} ({REFUSED_ALGORITHMS[algorithm]})",
                             "not supported; use an NVFP4 or FP8 export")
-    if quantization.get("nvfp4_embed"):
-        raise config.refuse("quantization_config.nvfp4_embed", "is true",
-                            "quantized embeddings are not supported; use an export that keeps them in BF16")
     return config, known.read(config)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from fp4rt.checkpoint import Scope
 from fp4rt.config import Config
-from fp4rt.formats import ExpertShape, read_vector, read_weight
+from fp4rt.formats import ExpertShape, has_weight, read_vector, read_weight
 from fp4rt.layers import Decoder, Progress
 from fp4rt.loading import Loader
 from fp4rt.ops import AttentionShape, MambaShape, Routing
@@ -209,11 +209,11 @@ MIXERS = {"mamba": Mamba, "attention": Attention, "mlp": MLP, "moe": MoE}
 def build(scope: Scope, source: Config, sizes: Sizes, load: Loader, max_positions: int, progress: Progress) -> Decoder:
     prefix = next((p for p in ("backbone", "model") if scope.has(f"{p}.norm_f.weight")), "backbone")
     body = scope.at(prefix)
-    table = next((n for n in ("embeddings", "embedding", "embed_tokens") if body.has(f"{n}.weight")), "embeddings")
+    table = next((n for n in ("embeddings", "embedding", "embed_tokens") if has_weight(body.at(n))), "embeddings")
     memory = [load.remembered(body.at(f"layers.{i}.mixer"), sizes.attention) if kind == "attention" else
               sizes.mamba if kind == "mamba" else None for i, kind in enumerate(sizes.kinds)]
     embed_tokens, lm_head = load.embedding_and_head(
-        body.at(table), None if sizes.tie_word_embeddings else scope.at("lm_head"), sizes.vocab_size, sizes.hidden_size)
+        body.at(table), scope.at("lm_head"), sizes.vocab_size, sizes.hidden_size, tied=sizes.tie_word_embeddings)
     norm = load.norm(body, "norm_f", sizes.hidden_size, sizes.eps)
     layers = []
     for i in progress(range(len(sizes.kinds))):

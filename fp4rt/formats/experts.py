@@ -10,7 +10,7 @@ from fp4rt.checkpoint import Scope, Tensor
 from fp4rt.errors import Fp4rtError
 from fp4rt.formats.dense import Dense
 from fp4rt.formats.mxfp4 import Mxfp4
-from fp4rt.formats.nvfp4 import Nvfp4
+from fp4rt.formats.nvfp4 import BLOCK, BLOCKS, Nvfp4, of_blocks
 from fp4rt.formats.read import FLOATS, has_weight, read_vector, read_weight
 from fp4rt.formats.weight import Weight
 
@@ -122,7 +122,9 @@ def _stacked(scope: Scope, name: str, rows: int, columns: int, shape: ExpertShap
         return [[Dense(tensor.name, tensor.dtype, part, bias) for part, bias in
                  zip(_parts(shape, name, values[e]), biases[e])] for e in range(experts)]
     _expect(tensor, ("U8",), (experts, columns // 2, rows))
-    scales = _expect(scope.tensor(f"{name}_weight_scale"), ("F8_E4M3",), (experts, columns // 16, rows))
+    scales = scope.tensor(f"{name}_weight_scale")
+    width = next((width for width in BLOCKS if scales.shape == (experts, columns / width, rows)), BLOCK)
+    _expect(scales, ("F8_E4M3",), (experts, columns // width, rows))
     if scales.data.size and scales.data.max() >= 0x7F:
         raise Fp4rtError("checkpoint", f"{scales}: holds NaN or negative scales; the checkpoint is damaged")
     globals_ = read_vector(scope, f"{name}_weight_scale_2", scope.tensor(f"{name}_weight_scale_2").data.size)
@@ -132,6 +134,7 @@ def _stacked(scope: Scope, name: str, rows: int, columns: int, shape: ExpertShap
     if scope.has(f"{name}_input_scale"):
         scope.checkpoint.skip(scope.name(f"{name}_input_scale"), "activations are not quantized here")
     globals_ = np.broadcast_to(globals_, experts)
-    return [[Nvfp4(tensor.name, codes, block_scales, float(globals_[e]), bias) for codes, block_scales, bias in
-             zip(_parts(shape, name, tensor.data[e].T), _parts(shape, name, scales.data[e].T), biases[e])]
+    return [[Nvfp4(tensor.name, codes, of_blocks(block_scales, width), float(globals_[e]), bias)
+             for codes, block_scales, bias in zip(_parts(shape, name, tensor.data[e].T),
+                                                  _parts(shape, name, scales.data[e].T), biases[e])]
             for e in range(experts)]

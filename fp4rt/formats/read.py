@@ -9,7 +9,7 @@ from fp4rt.errors import Fp4rtError
 from fp4rt.formats.dense import Dense, to_float32
 from fp4rt.formats.fp8 import Fp8
 from fp4rt.formats.mxfp4 import Mxfp4
-from fp4rt.formats.nvfp4 import BLOCK, Nvfp4, unswizzle
+from fp4rt.formats.nvfp4 import BLOCK, BLOCKS, Nvfp4, of_blocks, unswizzle
 from fp4rt.formats.weight import Weight
 
 FLOATS = ("BF16", "F16", "F32")
@@ -68,7 +68,10 @@ def read_kv_scales(scope: Scope) -> tuple[float, float] | None:
 
 
 def _block_scales(scope: Scope, suffix: str, n: int, k: int) -> np.ndarray:
-    """E4M3 scales uint8 [N, K/16], un-swizzled where their shape (or --scale-layout) says they are swizzled."""
+    """E4M3 scales uint8 [N, K/16], un-swizzled where their shape (or --scale-layout) says they are swizzled.
+
+    Of wider blocks (ModelOpt's W4A8_NVFP4_FP8 has 32) each scale is repeated.
+    """
     tensor = scope.tensor(suffix)
     if tensor.dtype not in ("F8_E4M3", "U8"):
         raise _refuse(tensor, "NVFP4 block scales are F8_E4M3")
@@ -80,9 +83,10 @@ def _block_scales(scope: Scope, suffix: str, n: int, k: int) -> np.ndarray:
         raise _refuse(tensor, f"is not in the swizzled layout, which would be {list(padded)}", "use --scale-layout auto")
     if asked == "swizzled" or (asked == "auto" and swizzled and tensor.shape != linear):
         return _e4m3_scales(scope, tensor, unswizzle(tensor.data.reshape(-1), n, columns))
-    if tensor.shape != linear:
+    width = next((width for width in BLOCKS if tensor.shape == (n, k / width)), None)
+    if width is None:
         raise _refuse(tensor, f"a weight [{n}, {k}] needs block scales {list(linear)}")
-    return _e4m3_scales(scope, tensor, tensor.data)
+    return of_blocks(_e4m3_scales(scope, tensor, tensor.data), width)
 
 
 def _fp8_scales(scope: Scope, n: int, k: int) -> tuple[np.ndarray, tuple[int, int]]:

@@ -33,7 +33,7 @@ def inverse_frequencies(config: Config, head_dim: int) -> tuple[np.ndarray, floa
         return np.where(np.arange(head_dim // 2) < live, base, 0) / factor, 1.0
     if rotated != 1.0:
         raise config.refuse("partial_rotary_factor", f"is {rotated}", "partial rotation is not supported for this model")
-    if kind == "default":
+    if kind in ("default", "dynamic"):  # dynamic NTK only changes what comes after max_position_embeddings
         return base, 1.0
     if kind == "linear":
         return base / np.float32(scaling.number("factor", least=1e-6)), 1.0
@@ -41,7 +41,7 @@ def inverse_frequencies(config: Config, head_dim: int) -> tuple[np.ndarray, floa
         return _llama3(scaling, config, base), 1.0
     if kind == "yarn":
         return _yarn(scaling, config, base, theta, head_dim)
-    raise scaling.refuse("rope_type", f"is {shown(kind)}", "fp4rt knows default, linear, llama3, proportional and yarn")
+    raise scaling.refuse("rope_type", f"is {shown(kind)}", "fp4rt knows default, dynamic, linear, llama3, proportional and yarn")
 
 
 def _original_length(scaling: Config, config: Config) -> float:

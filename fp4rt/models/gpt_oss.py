@@ -33,8 +33,9 @@ def read(config: Config) -> Sizes:
     top_k = config.integer("num_experts_per_tok", most=1 << 10)
     if top_k > experts:
         raise config.refuse("num_experts_per_tok", f"is {top_k}", f"there are {experts} experts")
+    bias = config.flag("attention_bias", True)
     # A softmax over the chosen logits is the softmax over all, divided by the chosen ones' sum.
-    return Sizes(**DecoderConfig.read(config, qkv_bias=True, o_bias=True, windows=tuple(
+    return Sizes(**DecoderConfig.read(config, qkv_bias=bias, o_bias=bias, windows=tuple(
         window if kind == "sliding_attention" else None for kind in kinds)).__dict__, routing=Routing(experts, top_k))
 
 

@@ -133,6 +133,25 @@ def test_missing_and_extra_tensors(good, tmp_path):
         shutil.rmtree(path)
 
 
+@pytest.mark.parametrize("dtype", ["I32", "I8"])
+@pytest.mark.parametrize("linear, name", [("BF16", "weight"), ("NVFP4/packed", "weight_packed")])
+def test_integer_weights_are_named(good, tmp_path, linear, name, dtype):
+    path = copy(good, tmp_path, linear)
+    edit_header(path, lambda header: header[f"{Q}.{name}"].update(
+        dtype=dtype, shape=[np.diff(header[f"{Q}.{name}"]["data_offsets"]).item() // int(dtype[1:]) * 8]))
+    refused(path, f"{Q}.{name} ({dtype}", "fp4rt reads weights in U8 (packed FP4)")
+
+
+def test_what_quantizes_queries_keys_and_values_is_left_out(good, tmp_path):
+    """llm-compressor's attention quantization: scales and zero points beside the linears, as config.json says."""
+    path = copy(good, tmp_path)
+    extra = [f"{LAYER}.self_attn.{one}_{kind}" for one in "qkv" for kind in ("scale", "zero_point")]
+    edit_header(path, lambda header: header.update(
+        {name: {"dtype": "F8_E4M3", "shape": [0], "data_offsets": [0, 0]} for name in extra}))
+    with fp4rt.load(path, device="reference", max_model_len=64) as llm:
+        assert set(extra) == llm.checkpoint.skipped.keys()
+
+
 # -- The index ------------------------------------------------------------------------------------------------------
 
 
@@ -225,7 +244,7 @@ def test_absurd_sizes_that_have_defaults(good, tmp_path, key, value):
     ("rope_scaling", {"rope_type": "yarn", "factor": 4.0, "beta_slow": 0}, "beta_slow"),
     ("rope_scaling", {"rope_type": "yarn", "factor": float("nan")}, "factor"),
     ("rope_scaling", {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": -1}, "original_max"),
-    ("quantization_config", {"quant_algo": "MXFP8"}, "MXFP8"), ("quantization_config", {"quant_algo": "nvfp4_svd"}, "SVD"),
+    ("quantization_config", {"quant_algo": "W4A16_AWQ"}, "INT4"), ("quantization_config", {"quant_algo": "MXFP8"}, "MXFP8"), ("quantization_config", {"quant_algo": "nvfp4_svd"}, "SVD"),
 ], ids=lambda value: repr(value)[:40])
 def test_config_that_does_not_fit(good, tmp_path, key, value, mention):
     path = copy(good, tmp_path)

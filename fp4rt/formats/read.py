@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from fp4rt.checkpoint import Scope, Tensor
@@ -37,11 +39,12 @@ def read_vector(scope: Scope, suffix: str, size: int) -> np.ndarray:
     return values
 
 
-def _scalar(scope: Scope, suffix: str) -> float:
-    value = float(read_vector(scope, suffix, 1)[0])
-    if value <= 0:
-        raise _refuse(scope.tensor(suffix), f"is {value}, a scale must be positive")
-    return value
+def _scalar(scope: Scope, suffix: str, size: int = 1) -> float:
+    """A positive number, or the largest of so many of which all are."""
+    values = read_vector(scope, suffix, size)
+    if not (values > 0).all():
+        raise _refuse(scope.tensor(suffix), f"is {values.min()}, a scale must be positive")
+    return float(values.max())
 
 
 def _e4m3_scales(scope: Scope, tensor: Tensor, data: np.ndarray) -> np.ndarray:
@@ -59,10 +62,12 @@ def read_kv_scales(scope: Scope) -> tuple[float, float] | None:
     """The scales of FP8 keys and values below an attention module; one serves both where the other is missing.
 
     None where there are none: exporters write them beside k_proj and v_proj, older ones beside the module or as one.
+    Of scales for each head the largest serves them all.
     """
     found = []
     for suffixes in (("k_proj.k_scale", "k_scale", "kv_scale"), ("v_proj.v_scale", "v_scale", "kv_scale")):
-        found += [_scalar(scope, suffix) for suffix in suffixes if scope.has(suffix)][:1] or [None]
+        found += [_scalar(scope, suffix, math.prod(scope.shape(suffix)) or 1) for suffix in suffixes
+                  if scope.has(suffix)][:1] or [None]
     k, v = found
     return None if k is None and v is None else (k or v, v or k)
 
@@ -163,6 +168,9 @@ def read_weight(scope: Scope, n: int, k: int, *, bias: bool = False) -> Weight:
     tensor = scope.tensor("weight_packed" if packed else "weight")
     extra = {"bias": bias_values, "pre_quant_scale": pre_quant_scale}
 
+    if tensor.dtype not in ("U8", "F8_E4M3", *FLOATS):
+        raise _refuse(tensor, f"fp4rt reads weights in U8 (packed FP4), F8_E4M3, {', '.join(FLOATS)}",
+                      "use an export in one of these formats")
     if tensor.dtype == "U8":
         if not scope.has("weight_scale"):
             raise _refuse(tensor, "packed 4-bit codes without weight_scale beside them")
@@ -185,6 +193,4 @@ def read_weight(scope: Scope, n: int, k: int, *, bias: bool = False) -> Weight:
     if tensor.dtype == "F8_E4M3":
         scales, block = _fp8_scales(scope, n, k)
         return Fp8(tensor.name, tensor.data, scales, block, **extra)
-    if tensor.dtype in FLOATS:
-        return Dense(tensor.name, tensor.dtype, tensor.data, **extra)
-    raise _refuse(tensor, f"fp4rt reads weights in U8 (packed FP4), F8_E4M3, {', '.join(FLOATS)}")
+    return Dense(tensor.name, tensor.dtype, tensor.data, **extra)

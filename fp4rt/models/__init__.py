@@ -34,6 +34,7 @@ class Architecture(Protocol):
 REFUSED_ALGORITHMS = {
     "MXFP8": "FP8 with E8M0 scales",
     "NVFP4_SVD": "NVFP4 with a low-rank part",
+    "W4A16_AWQ": "INT4", "W4A8_AWQ": "INT4",
 }
 
 
@@ -73,8 +74,10 @@ def load_model(checkpoint: Checkpoint, load: Loader, max_positions: int,
     for name in checkpoint.unread():
         if name.endswith("rotary_emb.inv_freq"):
             checkpoint.skip(name, "an old export's rotary table, which follows from the config")
-        elif name.endswith(("kv_scale", "k_scale", "v_scale")):
+        elif name.endswith(("kv_scale", "k_scale", "v_scale", "k_zero_point", "v_zero_point")):
             checkpoint.skip(name, "keys and values are not in FP8 (--kv-dtype fp8)")
+        elif name.endswith(("q_scale", "q_zero_point")):
+            checkpoint.skip(name, "queries are not quantized here")
         elif tied and name.startswith("lm_head."):
             checkpoint.skip(name, "the head is tied to the embedding")
         elif reason := skipped(name, sizes):

@@ -12,6 +12,8 @@ import pytest
 import fp4rt
 from backends import BACKENDS, each_backend
 from fp4rt.checkpoint import Checkpoint
+from fp4rt.formats.dense import bf16_to_float32
+from fp4rt.formats.fp8 import E4M3, to_e4m3
 from tiny import Arrays, write_tensors
 
 ROOT = Path(__file__).parent / "checkpoints"
@@ -150,3 +152,30 @@ def test_biases_around_the_latent_space(tmp_path: Path, device: str):
         with fp4rt.load(path, device=device) as llm:
             found.append(llm.logits([1, 2, 3, 4]))
     assert np.abs(found[0] - found[1]).max() <= 1e-5 * np.abs(found[0]).max() < np.abs(found[0] - found[2]).max()
+
+
+@each_backend
+@pytest.mark.parametrize("factors", [np.array(1), np.linspace(1, 2, 3)], ids=["one scale", "a scale for each expert"])
+def test_gpt_oss_with_experts_in_fp8(tmp_path: Path, factors: np.ndarray, backend: str):
+    """Stacked [E, K, N] as ModelOpt's FP8 presets write them, against the same values in F32."""
+    def fp8(tensors: Arrays) -> Arrays:
+        for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+            values = bf16_to_float32(tensors[name][1])
+            scale = (np.abs(values).max() / 448 * factors).astype(np.float32)
+            tensors |= {name: ("F8_E4M3", to_e4m3(values / scale.reshape(-1, 1, 1))),
+                        f"{name}_weight_scale": ("F32", scale), f"{name}_input_scale": ("F32", np.array(np.float32(1)))}
+        return tensors
+
+    def exact(tensors: Arrays) -> Arrays:
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("_input_scale")}
+        for name in [name for name in tensors if name.endswith("_weight_scale")]:
+            scale, name = tensors.pop(name)[1], name.removesuffix("_weight_scale")
+            tensors[name] = "F32", E4M3[tensors[name][1]] * scale.reshape(-1, 1, 1)
+        return tensors
+
+    found = []
+    for change in (fp8, lambda tensors: exact(fp8(tensors))):
+        path = changed("gpt-oss-bf16", tmp_path / str(len(found)), {}, change)
+        with fp4rt.load(path, max_model_len=64, **BACKENDS[backend][0]) as llm:
+            found.append(llm.logits([1, 2, 3, 4, 5]))
+    assert np.abs(found[0] - found[1]).max() <= BACKENDS[backend][1] * np.abs(found[1]).max()

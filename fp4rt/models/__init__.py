@@ -74,7 +74,7 @@ def load_model(checkpoint: Checkpoint, load: Loader, max_positions: int,
     for name in checkpoint.unread():
         if name.endswith("rotary_emb.inv_freq"):
             checkpoint.skip(name, "an old export's rotary table, which follows from the config")
-        elif name.endswith(("kv_scale", "k_scale", "v_scale", "k_zero_point", "v_zero_point")):
+        elif name.endswith(("kv_scale", "k_scale", "v_scale", "k_bias", "v_bias", "k_zero_point", "v_zero_point")):
             checkpoint.skip(name, "keys and values are not in FP8 (--kv-dtype fp8)")
         elif name.endswith(("q_scale", "q_zero_point")):
             checkpoint.skip(name, "queries are not quantized here")

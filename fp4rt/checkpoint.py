@@ -219,7 +219,8 @@ class Checkpoint:
         if name not in self._entries:
             close = [other for other in self._entries if other.rsplit(".", 2)[0] == name.rsplit(".", 2)[0]][:6]
             beside = f"; beside it are {', '.join(close)}" if close else ""
-            raise Fp4rtError("checkpoint", f"{self.path}: tensor {name} is missing{beside}")
+            raise Fp4rtError("checkpoint", f"{self.path}: tensor {name} is missing{beside}; the checkpoint is "
+                                           "incomplete, or config.json does not belong to it")
         return self._entries[name]
 
     def tensor(self, name: str) -> Tensor:

@@ -148,7 +148,7 @@ class Loader:
         tied: config.json says that they are one. A head that lies in the file all the same is used unless it is a copy
         (as transformers 5 does): ModelOpt quantizes the head of a tied model and does not tell config.json.
         """
-        if tied and not has_weight(embedding):
+        if tied and has_weight(head) and not has_weight(embedding):
             embedding = head  # some exporters drop this one of the two names
         table = read_weight(embedding, vocab, hidden)
         if tied and (embedding == head or not has_weight(head) or is_copy(head, embedding)):

@@ -109,6 +109,16 @@ def test_tensor_entry_is_none(good, tmp_path, entry):
     refused(path, "model.safetensors", Q)
 
 
+def test_what_is_missing_is_named_with_a_remedy(good, tmp_path):
+    path = copy(good, tmp_path)
+    edit_header(path, lambda header: header.pop("model.embed_tokens.weight") and None)
+    edit_config(path, tie_word_embeddings=True)
+    edit_header(path, lambda header: header.pop("lm_head.weight") and None)
+    refused(path, "model.embed_tokens.weight is missing", "the checkpoint is incomplete, or config.json does not belong")
+    edit_config(path, vocab_size=...)
+    refused(path, "config.json: vocab_size is missing; take the config.json")
+
+
 def test_overlap(good, tmp_path):
     path = copy(good, tmp_path)
     edit_header(path, lambda header: header[f"{Q}.weight"].update(

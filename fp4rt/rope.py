@@ -12,15 +12,17 @@ from fp4rt.errors import shown
 DEFAULT_THETA = 10000.0
 
 
-def inverse_frequencies(config: Config, head_dim: int) -> tuple[np.ndarray, float]:
+def inverse_frequencies(config: Config, head_dim: int,
+                        default_theta: float = DEFAULT_THETA) -> tuple[np.ndarray, float]:
     """(inv_freq float32 [head_dim/2], factor that cos and sin are multiplied by).
 
     Reads the config in either spelling: rope_theta with rope_scaling, or rope_parameters (transformers 5).
+    default_theta: the base where it states none.
     """
     scaling = config.section("rope_parameters") or config.section("rope_scaling")
     theta = scaling.number("rope_theta", None, least=1.0001) if scaling else None
     if theta is None:
-        theta = config.number("rope_theta", DEFAULT_THETA, least=1.0001)
+        theta = config.number("rope_theta", default_theta, least=1.0001)
     if head_dim % 2:
         raise config.refuse("head_dim", f"is {head_dim}", "rotary embeddings need an even size")
     base = (theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)).astype(np.float32)

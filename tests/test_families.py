@@ -12,9 +12,11 @@ import pytest
 import fp4rt
 from backends import BACKENDS, each_backend
 from fp4rt.checkpoint import Checkpoint
+from fp4rt.config import Config
 from fp4rt.formats.dense import bf16_to_float32
 from fp4rt.formats.fp8 import E4M3, to_e4m3
-from tiny import Arrays, write_tensors
+from fp4rt.models import architecture
+from tiny import Arrays, make_config, write_tensors
 
 ROOT = Path(__file__).parent / "checkpoints"
 FAMILIES = ("gemma4-e2b-modelopt-nvfp4", "gemma4-moe-bf16", "gpt-oss-modelopt-nvfp4", "nemotron-h-modelopt-nvfp4",
@@ -179,3 +181,19 @@ def test_gpt_oss_with_experts_in_fp8(tmp_path: Path, factors: np.ndarray, backen
         with fp4rt.load(path, max_model_len=64, **BACKENDS[backend][0]) as llm:
             found.append(llm.logits([1, 2, 3, 4, 5]))
     assert np.abs(found[0] - found[1]).max() <= BACKENDS[backend][1] * np.abs(found[1]).max()
+
+
+def test_what_a_config_leaves_out_is_as_its_architecture_has_it():
+    """transformers' defaults: Mistral has a window unless it is null, Mixtral none, and another rotary base."""
+    def read(model_type: str, **keys: object):
+        values = make_config("llama") | {"num_local_experts": 4, "num_experts_per_tok": 2} | keys | {
+            "model_type": model_type}
+        config = Config({key: value for key, value in values.items() if value is not ...}, Path("config.json"))
+        return architecture(config).read(config)
+
+    assert read("mistral").windows == (4096, 4096)
+    assert read("mistral", sliding_window=None).windows == read("mixtral").windows == (None, None)
+    assert read("mistral", sliding_window=7).windows == read("mixtral", sliding_window=7).windows == (7, 7)
+    assert (read("mistral").default_theta, read("mixtral").default_theta) == (1e4, 1e6)
+    with pytest.raises(fp4rt.Fp4rtError, match="rope_scaling is missing"):
+        read("gpt_oss", sliding_window=7, rope_scaling=...)

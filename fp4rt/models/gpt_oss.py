@@ -26,6 +26,8 @@ def read(config: Config) -> Sizes:
         raise config.refuse("layer_types", f"is {str(kinds)[:80]}",
                             f"expected {layers} of sliding_attention and full_attention")
     window = config.integer("sliding_window")
+    if config.section("rope_parameters") is None:
+        config.get("rope_scaling")  # not the plain frequencies that its absence would mean elsewhere
     for key, expected in (("swiglu_limit", 7.0), ("swiglu_alpha", 1.702)):
         if config.number(key, expected) != expected:
             raise config.refuse(key, f"is {config.get(key)}", f"fp4rt knows this activation with {expected}")

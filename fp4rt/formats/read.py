@@ -119,13 +119,23 @@ def _fp8_scales(scope: Scope, n: int, k: int) -> tuple[np.ndarray, tuple[int, in
 
 def _block_size(scope: Scope, tensor: Tensor, n: int, k: int, rows: int, columns: int) -> tuple[int, int]:
     """The edges of FP8 scale blocks: as the config says, else 128, and they must account for the scales' shape."""
-    stated = scope.checkpoint.quantization.get("weight_block_size")
-    for bn, bk in ([tuple(stated)] if isinstance(stated, list) and len(stated) == 2 else []) + [(128, 128)]:
-        if type(bn) is int and type(bk) is int and bn > 0 and bk > 0 and (-(-n // bn), -(-k // bk)) == (rows, columns):
+    for bn, bk in [*_stated_blocks(scope.checkpoint.quantization), (128, 128)]:
+        if (-(-n // bn), -(-k // bk)) == (rows, columns):
             return bn, bk
-    if n % rows == 0 and k % columns == 0:
+    if rows and columns and n % rows == 0 and k % columns == 0:
         return n // rows, k // columns
     raise _refuse(tensor, f"does not fit an FP8 weight [{n}, {k}] in blocks of 128x128")
+
+
+def _stated_blocks(quantization: dict) -> list[tuple[int, int]]:
+    """What DeepSeek's config calls weight_block_size, and compressed-tensors' block_structure in a group of linears."""
+    groups = quantization.get("config_groups")
+    groups = groups.values() if isinstance(groups, dict) else ()
+    weights = [group.get("weights") for group in groups if isinstance(group, dict)]
+    stated = [quantization.get("weight_block_size"),
+              *(one.get("block_structure") for one in weights if isinstance(one, dict))]
+    return [tuple(block) for block in stated if isinstance(block, list) and len(block) == 2
+            and all(type(edge) is int and edge > 0 for edge in block)]
 
 
 def _mxfp4(scope: Scope, tensor: Tensor, n: int, k: int, extra: dict) -> Mxfp4:

@@ -14,6 +14,7 @@ from fp4rt.ops.cuda.linear import CudaLinear
 from fp4rt.ops.cuda.tiles import Packed
 
 _THREADS = 256
+_ROWS = 4096  # of a quantized table, dequantized together
 FORMATS = {"BF16": 0, "F16": 1, "F32": 2}  # enum Format in kernels/table.cuh
 
 
@@ -41,7 +42,10 @@ def embedding_weight(device: Device, weight: Weight, *, tied_to: CudaLinear | No
     if tied_to is not None and len(tied_to.groups) == 1 and isinstance(tied_to.groups[0].layout, DenseLayout):
         return Embedding(weight.shape[1], None, 0, tied_to.groups[0], float(scale))
     if not isinstance(weight, Dense):
-        weight = Dense(weight.name, "F32", weight.dequantize())
+        values = np.empty(weight.shape, np.float32)
+        for row in range(0, len(values), _ROWS):  # not at once: dequantizing takes a few times its result
+            values[row:row + _ROWS] = weight.dequantize(slice(row, row + _ROWS))
+        weight = Dense(weight.name, "F32", values)
     data = weight.data if weight.format == "F32" else weight.data.view(np.uint16)
     return Embedding(weight.shape[1], device.upload(data), FORMATS[weight.format], None, float(scale))
 

@@ -114,7 +114,7 @@ def test_what_is_missing_is_named_with_a_remedy(good, tmp_path):
     edit_header(path, lambda header: header.pop("model.embed_tokens.weight") and None)
     edit_config(path, tie_word_embeddings=True)
     edit_header(path, lambda header: header.pop("lm_head.weight") and None)
-    refused(path, "model.embed_tokens.weight is missing", "the checkpoint is incomplete, or config.json does not belong")
+    refused(path, "model.embed_tokens.weight is missing", "the checkpoint is incomplete, or config.json does not")
     edit_config(path, vocab_size=...)
     refused(path, "config.json: vocab_size is missing; take the config.json")
 
@@ -255,12 +255,30 @@ def test_absurd_sizes_that_have_defaults(good, tmp_path, key, value):
     ("rope_scaling", {"rope_type": "yarn", "factor": 4.0, "beta_slow": 0}, "beta_slow"),
     ("rope_scaling", {"rope_type": "yarn", "factor": float("nan")}, "factor"),
     ("rope_scaling", {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": -1}, "original_max"),
-    ("quantization_config", {"quant_algo": "W4A16_AWQ"}, "INT4"), ("quantization_config", {"quant_algo": "MXFP8"}, "MXFP8"), ("quantization_config", {"quant_algo": "nvfp4_svd"}, "SVD"),
+    ("quantization_config", {"quant_algo": "W4A16_AWQ"}, "INT4"),
+    ("quantization_config", {"quant_algo": "MXFP8"}, "MXFP8"), ("quantization_config", {"quant_algo": "nvfp4_svd"}, "SVD"),
 ], ids=lambda value: repr(value)[:40])
 def test_config_that_does_not_fit(good, tmp_path, key, value, mention):
     path = copy(good, tmp_path)
     edit_config(path, **{key: value})
     refused(path, mention)
+
+
+def transforms(*places: str) -> dict:
+    uses = [{"location": place, "targets": ["Linear"]} for place in places]
+    return {"transform_config": {"config_groups": {"R": {"type": "hadamard", "apply": uses}}}}
+
+
+def test_rotations_of_activations_are_refused_and_those_of_weights_are_not(good, tmp_path):
+    path = copy(good, tmp_path)
+    for places in (("weight_output", "weight_input"), ()):
+        edit_config(path, quantization_config=transforms(*places))
+        fp4rt.load(path, device="reference", max_model_len=64).close()
+    for junk in (3, [], {"config_groups": 3}, {"config_groups": {"R": {"apply": 3}}}, {"config_groups": {"R": []}}):
+        edit_config(path, quantization_config={"transform_config": junk})
+        fp4rt.load(path, device="reference", max_model_len=64).close()
+    edit_config(path, quantization_config=transforms("weight_input", "input"))
+    refused(path, "transform_config", "rotates activations (input)")
 
 
 @pytest.mark.parametrize("kinds", ["sliding", [], ["full_attention"], ["full_attention", "other"], [["full_attention"], 1],

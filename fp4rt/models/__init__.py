@@ -56,7 +56,20 @@ def read_config(checkpoint: Checkpoint) -> tuple[Config, Any]:
     if algorithm in REFUSED_ALGORITHMS:
         raise config.refuse("quantization_config.quant_algo", f"is {algorithm} ({REFUSED_ALGORITHMS[algorithm]})",
                             "not supported; use an NVFP4 or FP8 export")
+    if place := _rotated_activations(quantization):
+        raise config.refuse("quantization_config.transform_config", f"rotates activations ({place}) as QuIP and "
+                            "SpinQuant's R3 and R4 do", "not supported; use an export that rotates weights alone")
     return config, known.read(config)
+
+
+def _rotated_activations(quantization: dict[str, Any]) -> str | None:
+    """Where compressed-tensors' transforms want a product before or behind a linear that its weight does not hold."""
+    transforms = quantization.get("transform_config")
+    groups = transforms.get("config_groups") if isinstance(transforms, dict) else None
+    uses = [use for group in (groups.values() if isinstance(groups, dict) else ()) if isinstance(group, dict)
+            for use in (group.get("apply") if isinstance(group.get("apply"), list) else ())]
+    places = [str(use.get("location")) for use in uses if isinstance(use, dict)]
+    return next((place for place in places if not place.startswith("weight_")), None)
 
 
 def load_model(checkpoint: Checkpoint, load: Loader, max_positions: int,

@@ -43,7 +43,8 @@ def inverse_frequencies(config: Config, head_dim: int,
         return _llama3(scaling, config, base), 1.0
     if kind == "yarn":
         return _yarn(scaling, config, base, theta, head_dim)
-    raise scaling.refuse("rope_type", f"is {shown(kind)}", "fp4rt knows default, dynamic, linear, llama3, proportional and yarn")
+    raise scaling.refuse("rope_type", f"is {shown(kind)}",
+                         "fp4rt knows default, dynamic, linear, llama3, proportional and yarn")
 
 
 def _original_length(scaling: Config, config: Config) -> float:

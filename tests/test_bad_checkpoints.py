@@ -256,7 +256,8 @@ def test_absurd_sizes_that_have_defaults(good, tmp_path, key, value):
     ("rope_scaling", {"rope_type": "yarn", "factor": float("nan")}, "factor"),
     ("rope_scaling", {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": -1}, "original_max"),
     ("quantization_config", {"quant_algo": "W4A16_AWQ"}, "INT4"),
-    ("quantization_config", {"quant_algo": "MXFP8"}, "MXFP8"), ("quantization_config", {"quant_algo": "nvfp4_svd"}, "SVD"),
+    ("quantization_config", {"quant_algo": "MXFP8"}, "MXFP8"),
+    ("quantization_config", {"quant_algo": "nvfp4_svd"}, "SVD"),
 ], ids=lambda value: repr(value)[:40])
 def test_config_that_does_not_fit(good, tmp_path, key, value, mention):
     path = copy(good, tmp_path)

@@ -63,7 +63,8 @@ def test_stacked_experts(tmp_path: Path, width: int):
 
 
 def test_scales_of_no_such_block_are_refused(tmp_path: Path):
-    found = checkpoint(tmp_path, {"w.weight": np.zeros((6, 128), np.uint8), "w.weight_scale": np.zeros((6, 1), np.uint8),
-                                  "w.weight_scale_2": np.array(GLOBAL)})
+    found = checkpoint(tmp_path, {
+        "w.weight": np.zeros((6, 128), np.uint8), "w.weight_scale": np.zeros((6, 1), np.uint8),
+        "w.weight_scale_2": np.array(GLOBAL)})
     with pytest.raises(Fp4rtError, match=r"w\.weight_scale.*\[6, 16\]"):
         read_weight(found.at("w"), 6, 256)

@@ -18,8 +18,9 @@ def frequencies(config: dict) -> tuple[np.ndarray, float]:
 
 
 @pytest.mark.parametrize("spelling", [
-    {}, {"rope_theta": 10000.0, "rope_scaling": None}, {"rope_parameters": {"rope_type": "default", "rope_theta": 10000}},
-    {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, {"rope_theta": 1e4, "rope_parameters": {}},
+    {}, {"rope_theta": 10000.0, "rope_scaling": None},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 10000}}, {"rope_theta": 1e4, "rope_parameters": {}},
+    {"rope_scaling": {"type": "dynamic", "factor": 4.0}},
     {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}], ids=str)
 def test_within_its_length_dynamic_scaling_changes_nothing(spelling: dict):
     """base * (factor * max(length, trained) / trained - (factor - 1)) is base up to the trained length (NTK-aware)."""

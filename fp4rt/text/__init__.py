@@ -161,7 +161,7 @@ class Text:
         return read_json(self.path / name) if (self.path / name).is_file() else {}
 
     def _special(self, name: str) -> str | None:
-        """A special token's text, given as a string or as {"content": string}; older files name it in the second place."""
+        """A special token's text, a string or {"content": string}; older exports name it in the second file."""
         for file, source in (("tokenizer_config.json", self._config), ("special_tokens_map.json", self._tokens_map)):
             value = source.get(name)
             value = value.get("content") if isinstance(value, dict) else value

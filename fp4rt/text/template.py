@@ -24,7 +24,8 @@ NAMED = "additional_chat_templates"  # a folder of those besides the default one
 
 
 def find_template(path: Path, tokenizer_config: dict[str, Any]) -> ChatTemplate:
-    """chat_template.jinja and NAMED/*.jinja, else what tokenizer_config.json holds: one, or a list of {name, template}."""
+    """chat_template.jinja with NAMED/*.jinja, else what tokenizer_config.json holds: one, or a list of {name, template}.
+    """
     file = path / "chat_template.jinja"
     if file.is_file():
         return ChatTemplate(str(file), {"default": _read(file)} | {

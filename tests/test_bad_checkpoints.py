@@ -255,6 +255,7 @@ def test_absurd_sizes_that_have_defaults(good, tmp_path, key, value):
     ("rope_scaling", {"rope_type": "yarn", "factor": 4.0, "beta_slow": 0}, "beta_slow"),
     ("rope_scaling", {"rope_type": "yarn", "factor": float("nan")}, "factor"),
     ("rope_scaling", {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": -1}, "original_max"),
+    ("quantization_config", {"quant_method": "gptq", "bits": 4}, "quant_method is gptq"),
     ("quantization_config", {"quant_algo": "W4A16_AWQ"}, "INT4"),
     ("quantization_config", {"quant_algo": "MXFP8"}, "MXFP8"),
     ("quantization_config", {"quant_algo": "nvfp4_svd"}, "SVD"),

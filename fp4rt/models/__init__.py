@@ -36,6 +36,8 @@ REFUSED_ALGORITHMS = {
     "NVFP4_SVD": "NVFP4 with a low-rank part",
     "W4A16_AWQ": "INT4", "W4A8_AWQ": "INT4",
 }
+# Whose tensors have other names than "weight", which would only be missed.
+REFUSED_METHODS = ("gptq", "awq", "bitsandbytes", "hqq", "aqlm", "exl2", "exl3")
 
 
 def architecture(config: Config) -> Architecture:
@@ -52,6 +54,9 @@ def read_config(checkpoint: Checkpoint) -> tuple[Config, Any]:
     config = Config(checkpoint.config, checkpoint.path / "config.json")
     known = architecture(config)
     quantization = checkpoint.quantization
+    if quantization.get("quant_method") in REFUSED_METHODS:
+        raise config.refuse("quantization_config.quant_method", f"is {quantization['quant_method']}",
+                            "not supported; use an NVFP4, MXFP4, FP8 or BF16 export")
     algorithm = str(quantization.get("quant_algo") or "").upper()
     if algorithm in REFUSED_ALGORITHMS:
         raise config.refuse("quantization_config.quant_algo", f"is {algorithm} ({REFUSED_ALGORITHMS[algorithm]})",

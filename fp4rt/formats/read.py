@@ -62,12 +62,20 @@ def read_kv_scales(scope: Scope) -> tuple[float, float] | None:
     """The scales of FP8 keys and values below an attention module; one serves both where the other is missing.
 
     None where there are none: exporters write them beside k_proj and v_proj, older ones beside the module or as one.
-    Of scales for each head the largest serves them all.
+    Of scales for each head the largest serves them all. Those of affine caches, which subtract a bias before rounding,
+    grow by what that takes; those of NVFP4 caches by the 6 that older versions of ModelOpt leave to the block scales.
     """
-    found = []
-    for suffixes in (("k_proj.k_scale", "k_scale", "kv_scale"), ("v_proj.v_scale", "v_scale", "kv_scale")):
-        found += [_scalar(scope, suffix, math.prod(scope.shape(suffix)) or 1) for suffix in suffixes
-                  if scope.has(suffix)][:1] or [None]
+    quantization = scope.checkpoint.quantization
+    cache = quantization.get("kv_cache_quant_algo") or quantization.get("kv_cache_scheme")
+    factor = 6.0 if isinstance(cache, str) and cache.upper().startswith("NVFP4") else 1.0
+    found: list[float | None] = []
+    for one in "kv":
+        suffixes, bias = (f"{one}_proj.{one}_scale", f"{one}_scale", "kv_scale"), f"{one}_proj.{one}_bias"
+        suffix = next((suffix for suffix in suffixes if scope.has(suffix)), None)
+        found.append(None if suffix is None else factor * _scalar(scope, suffix, math.prod(scope.shape(suffix)) or 1))
+        if suffix is not None and scope.has(bias):
+            values = read_vector(scope, bias, math.prod(scope.shape(bias)))
+            found[-1] += float(np.abs(values).max(initial=0)) / 448
     k, v = found
     return None if k is None and v is None else (k or v, v or k)
 

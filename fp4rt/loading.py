@@ -68,6 +68,7 @@ class Loader:
     linears: list[Loaded] = field(default_factory=list)
     norm_bytes: int = 0
     embedding_bytes: int = 0  # of a token table that is not the head as well
+    tied: bool = False  # the token table and the head are one tensor of the file
     fp8_layers: dict[bool, int] = field(default_factory=dict)  # with FP8 keys and values: scaled by the file or not
 
     def __post_init__(self) -> None:
@@ -151,7 +152,8 @@ class Loader:
         if tied and has_weight(head) and not has_weight(embedding):
             embedding = head  # some exporters drop this one of the two names
         table = read_weight(embedding, vocab, hidden)
-        if tied and (embedding == head or not has_weight(head) or is_copy(head, embedding)):
+        self.tied = tied and (embedding == head or not has_weight(head) or is_copy(head, embedding))
+        if self.tied:
             linear = self._stack([table], "lm_head")
             if isinstance(table, Dense) and self.linears[-1].formats == (table.format,):
                 return self.ops.embedding_weight(table, tied_to=linear, scale=scale), linear

@@ -44,8 +44,11 @@ def assert_close(found: np.ndarray, expected: np.ndarray, backend: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_head_of_its_own_is_used_whatever_the_config_says(tmp_path: Path, kind: str, backend: str):
     head = weight(HEAD, VALUES, kind)
-    found = logits(write(tmp_path / "tied", head, tied=True), backend)
-    assert_close(found, logits(write(tmp_path / "untied", head, tied=False), backend), backend)
+    tied, untied = (write(tmp_path / str(tied), head, tied=tied) for tied in (True, False))
+    assert_close(logits(tied, backend), logits(untied, backend), backend)
+    found = inspect(tied, device="reference")
+    assert not found.architecture["tie_word_embeddings"]
+    assert found.parameters == inspect(untied, device="reference").parameters
 
 
 @pytest.mark.parametrize("device", ["reference", "cpu"])
@@ -56,6 +59,7 @@ def test_a_copy_of_the_table_shares_its_memory(tmp_path: Path, device: str):
     with fp4rt.load(once, device=device) as one, fp4rt.load(twice, device=device) as two:
         assert one.weight_bytes == two.weight_bytes == inspect(twice, device=device).weight_bytes
         assert "tied" in two.checkpoint.skipped[f"{HEAD}.weight"]
+        assert inspect(twice, device=device).architecture["tie_word_embeddings"]
         assert (one.logits([1, 2, 3]) == two.logits([1, 2, 3])).all()
 
 

@@ -87,7 +87,6 @@ def load_model(checkpoint: Checkpoint, load: Loader, max_positions: int,
         checkpoint.finish_checks()
     finally:
         checkpoint.drop_checks()
-    tied = getattr(sizes, "tie_word_embeddings", False)
     skipped = getattr(known, "skipped", lambda name, sizes: None)
     for name in checkpoint.unread():
         if name.endswith("rotary_emb.inv_freq"):
@@ -96,7 +95,7 @@ def load_model(checkpoint: Checkpoint, load: Loader, max_positions: int,
             checkpoint.skip(name, "keys and values are not in FP8 (--kv-dtype fp8)")
         elif name.endswith(("q_scale", "q_zero_point")):
             checkpoint.skip(name, "queries are not quantized here")
-        elif tied and name.startswith("lm_head."):
+        elif load.tied and name.startswith("lm_head."):
             checkpoint.skip(name, "the head is tied to the embedding")
         elif reason := skipped(name, sizes):
             checkpoint.skip(name, reason)

@@ -225,13 +225,25 @@ class Checkpoint:
         if name not in self._entries:
             close = [other for other in self._entries if other.rsplit(".", 2)[0] == name.rsplit(".", 2)[0]][:6]
             beside = f"; beside it are {', '.join(close)}" if close else ""
-            raise Fp4rtError("checkpoint", f"{self.path}: tensor {name} is missing{beside}")
+            raise Fp4rtError("checkpoint", f"{self.path}: tensor {name} is missing{beside}; the checkpoint is "
+                                           "incomplete, or config.json does not belong to it")
         return self._entries[name]
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, mapped from its file (copied only where its bytes are not aligned for its dtype)."""
-        entry = self._entry(name)
         self._read.add(name)
+        return self._map(name)
+
+    def same(self, name: str, other: str) -> bool:
+        """Whether two tensors are equal in dtype, shape and every byte. Reads them, but they do not count as read."""
+        one, two = self._map(name), self._map(other)
+        if (one.dtype, one.shape) != (two.dtype, two.shape):
+            return False
+        a, b, step = one.data.reshape(-1).view(np.uint8), two.data.reshape(-1).view(np.uint8), 1 << 20
+        return all(np.array_equal(a[i:i + step], b[i:i + step]) for i in range(0, len(a), step))
+
+    def _map(self, name: str) -> Tensor:
+        entry = self._entry(name)
         storage = STORAGE[entry.dtype]
         if entry.end == entry.begin:
             data = np.empty(entry.shape, storage)

@@ -27,7 +27,7 @@ class Config:
         value = self.values.get(key)
         if value is None:
             if default is _REQUIRED:
-                raise self.refuse(key, "is missing")
+                raise self.refuse(key, "is missing", "take the config.json that these weights were published with")
             return default
         return value
 

@@ -109,7 +109,7 @@ def inspect(path: str | Path, *, device: str = "auto", arch: str | None = None, 
     found = tuple(WeightKind(format, *(round(value) for value in entry), kernel, reason)
                   for (format, kernel, reason), entry in kinds.items())
     linear_bytes = sum(kind.memory_bytes for kind in found)
-    embedding = 0 if sizes.tie_word_embeddings else sizes.vocab_size * sizes.hidden_size
+    embedding = 0 if loader.tied else sizes.vocab_size * sizes.hidden_size
     other_bytes = loader.norm_bytes + loader.embedding_bytes
     weight_bytes = linear_bytes + other_bytes
 
@@ -129,7 +129,8 @@ def inspect(path: str | Path, *, device: str = "auto", arch: str | None = None, 
     return Inspection(
         path=str(checkpoint.path), model_type=config.get("model_type"),
         architecture={name: value for name, value in sizes.__dict__.items()
-                      if isinstance(value, (int, float, bool, str))} | {"num_hidden_layers": len(model.memory)},
+                      if isinstance(value, (int, float, bool, str))} | {
+                          "num_hidden_layers": len(model.memory), "tie_word_embeddings": loader.tied},
         layers=tuple((count, kind) for kind, count in Counter(map(describe, model.memory)).items()),
         tensors=len(checkpoint.names()), files=len(checkpoint.files()), file_bytes=checkpoint.nbytes, kinds=found,
         parameters=sum(kind.parameters for kind in found) + embedding, other_bytes=other_bytes,

@@ -11,7 +11,7 @@ from fp4rt.config import Config
 from fp4rt.errors import shown
 from fp4rt.loading import Loader
 from fp4rt.ops import AttentionShape, Linear, MambaShape, Ops
-from fp4rt.rope import inverse_frequencies
+from fp4rt.rope import DEFAULT_THETA, inverse_frequencies
 
 Block = Callable[..., Any]
 Progress = Callable[[Iterable[int]], Iterable[int]]
@@ -22,7 +22,8 @@ class DecoderConfig:
     """The sizes of a dense decoder, from config.json in Hugging Face's names.
 
     qkv_bias, o_bias, mlp_bias: whether those linears have one. qk_norm: RMSNorm on each head of q and k.
-    windows: per layer, how many keys a query sees, itself included; None for all.
+    windows: per layer, how many keys a query sees, itself included; None for all. default_theta: the rotary base where
+    config.json states none.
     """
 
     hidden_size: int
@@ -40,6 +41,7 @@ class DecoderConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    default_theta: float = DEFAULT_THETA
 
     @staticmethod
     def read(config: Config, **differences: Any) -> DecoderConfig:
@@ -157,10 +159,10 @@ def build_decoder(scope: Scope, source: Config, config: DecoderConfig, load: Loa
     """A decoder of pre-norm layers in Llama's tensor names; `attention` and `mlp` make the blocks that differ."""
     memory = [load.remembered(scope.at(f"model.layers.{i}.self_attn"), config.attention_shape(i))
               for i in range(config.num_hidden_layers)]
-    rope = load.ops.rope_table(*inverse_frequencies(source, config.head_dim), max_positions)
+    rope = load.ops.rope_table(*inverse_frequencies(source, config.head_dim, config.default_theta), max_positions)
     embed_tokens, lm_head = load.embedding_and_head(
-        scope.at("model.embed_tokens"), None if config.tie_word_embeddings else scope.at("lm_head"),
-        config.vocab_size, config.hidden_size)
+        scope.at("model.embed_tokens"), scope.at("lm_head"), config.vocab_size, config.hidden_size,
+        tied=config.tie_word_embeddings)
     norm = load.norm(scope, "model.norm", config.hidden_size, config.rms_norm_eps)
     layers = []
     for i in progress(range(config.num_hidden_layers)):

@@ -10,8 +10,8 @@ from typing import Any
 
 from fp4rt.checkpoint import Scope
 from fp4rt.errors import Fp4rtError
-from fp4rt.formats import (ExpertShape, Weight, count_parts, read_experts, read_kv_scales, read_vector, read_weight,
-                           split)
+from fp4rt.formats import (Dense, ExpertShape, Weight, count_parts, has_weight, is_copy, read_experts, read_kv_scales,
+                           read_vector, read_weight, split)
 from fp4rt.ops import AttentionShape, Linear, MambaShape, Ops
 
 KV_DTYPES = ("auto", "fp8")
@@ -68,6 +68,7 @@ class Loader:
     linears: list[Loaded] = field(default_factory=list)
     norm_bytes: int = 0
     embedding_bytes: int = 0  # of a token table that is not the head as well
+    tied: bool = False  # the token table and the head are one tensor of the file
     fp8_layers: dict[bool, int] = field(default_factory=dict)  # with FP8 keys and values: scaled by the file or not
 
     def __post_init__(self) -> None:
@@ -141,21 +142,24 @@ class Loader:
         self.norm_bytes += 4 * size
         return self.ops.norm_weight(read_vector(scope, f"{name}.weight", size), eps)
 
-    def embedding_and_head(self, embedding: Scope, head: Scope | None, vocab: int, hidden: int, *,
+    def embedding_and_head(self, embedding: Scope, head: Scope, vocab: int, hidden: int, *, tied: bool,
                            scale: float = 1.0) -> tuple[Any, Linear]:
-        """The token table and the head; without a `head` the two are one tensor and share its memory, unless the head
-        is quantized on its way."""
+        """The token table and the head. One tensor shares its memory, unless the head is quantized on its way.
+
+        tied: config.json says that they are one. A head that lies in the file all the same is used unless it is a copy
+        (as transformers 5 does): ModelOpt quantizes the head of a tied model and does not tell config.json.
+        """
+        if tied and has_weight(head) and not has_weight(embedding):
+            embedding = head  # some exporters drop this one of the two names
         table = read_weight(embedding, vocab, hidden)
-        if table.format not in ("BF16", "F16", "F32"):
-            raise Fp4rtError("checkpoint", f"{table.name}: an embedding in {table.format} is not supported; use an "
-                                           "export that keeps embeddings in BF16")
-        if head is None:
+        self.tied = tied and (embedding == head or not has_weight(head) or is_copy(head, embedding))
+        if self.tied:
             linear = self._stack([table], "lm_head")
-            if self.linears[-1].formats == (table.format,):
+            if isinstance(table, Dense) and self.linears[-1].formats == (table.format,):
                 return self.ops.embedding_weight(table, tied_to=linear, scale=scale), linear
         else:
             linear = self._stack([read_weight(head, vocab, hidden)], "lm_head")
-        self.embedding_bytes += table.nbytes
+        self.embedding_bytes += table.nbytes if isinstance(table, Dense) else 4 * vocab * hidden
         return self.ops.embedding_weight(table, scale=scale), linear
 
     def host_embedding(self, scope: Scope, vocab: int, width: int, scale: float) -> Any:

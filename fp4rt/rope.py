@@ -12,15 +12,17 @@ from fp4rt.errors import shown
 DEFAULT_THETA = 10000.0
 
 
-def inverse_frequencies(config: Config, head_dim: int) -> tuple[np.ndarray, float]:
+def inverse_frequencies(config: Config, head_dim: int,
+                        default_theta: float = DEFAULT_THETA) -> tuple[np.ndarray, float]:
     """(inv_freq float32 [head_dim/2], factor that cos and sin are multiplied by).
 
     Reads the config in either spelling: rope_theta with rope_scaling, or rope_parameters (transformers 5).
+    default_theta: the base where it states none.
     """
     scaling = config.section("rope_parameters") or config.section("rope_scaling")
     theta = scaling.number("rope_theta", None, least=1.0001) if scaling else None
     if theta is None:
-        theta = config.number("rope_theta", DEFAULT_THETA, least=1.0001)
+        theta = config.number("rope_theta", default_theta, least=1.0001)
     if head_dim % 2:
         raise config.refuse("head_dim", f"is {head_dim}", "rotary embeddings need an even size")
     base = (theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)).astype(np.float32)
@@ -33,7 +35,7 @@ def inverse_frequencies(config: Config, head_dim: int) -> tuple[np.ndarray, floa
         return np.where(np.arange(head_dim // 2) < live, base, 0) / factor, 1.0
     if rotated != 1.0:
         raise config.refuse("partial_rotary_factor", f"is {rotated}", "partial rotation is not supported for this model")
-    if kind == "default":
+    if kind in ("default", "dynamic"):  # dynamic NTK only changes what comes after max_position_embeddings
         return base, 1.0
     if kind == "linear":
         return base / np.float32(scaling.number("factor", least=1e-6)), 1.0
@@ -41,7 +43,8 @@ def inverse_frequencies(config: Config, head_dim: int) -> tuple[np.ndarray, floa
         return _llama3(scaling, config, base), 1.0
     if kind == "yarn":
         return _yarn(scaling, config, base, theta, head_dim)
-    raise scaling.refuse("rope_type", f"is {shown(kind)}", "fp4rt knows default, linear, llama3, proportional and yarn")
+    raise scaling.refuse("rope_type", f"is {shown(kind)}",
+                         "fp4rt knows default, dynamic, linear, llama3, proportional and yarn")
 
 
 def _original_length(scaling: Config, config: Config) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 from fp4rt.errors import Fp4rtError
 
 PATTERNS = ["*.safetensors", "*.json", "*.jinja"]  # never pickles, never code
-NOT_READ = ["*/*", "consolidated*"]  # other formats of the same weights, which some repositories hold as well
+NOT_READ = ["*/*.safetensors", "*/*.json", "consolidated*"]  # the same weights in other formats, in some repositories
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _FILES = {
     ".gguf": "GGUF is not read; give the directory or repository of the Hugging Face checkpoint (config.json and "

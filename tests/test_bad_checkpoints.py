@@ -109,6 +109,16 @@ def test_tensor_entry_is_none(good, tmp_path, entry):
     refused(path, "model.safetensors", Q)
 
 
+def test_what_is_missing_is_named_with_a_remedy(good, tmp_path):
+    path = copy(good, tmp_path)
+    edit_header(path, lambda header: header.pop("model.embed_tokens.weight") and None)
+    edit_config(path, tie_word_embeddings=True)
+    edit_header(path, lambda header: header.pop("lm_head.weight") and None)
+    refused(path, "model.embed_tokens.weight is missing", "the checkpoint is incomplete, or config.json does not")
+    edit_config(path, vocab_size=...)
+    refused(path, "config.json: vocab_size is missing; take the config.json")
+
+
 def test_overlap(good, tmp_path):
     path = copy(good, tmp_path)
     edit_header(path, lambda header: header[f"{Q}.weight"].update(
@@ -131,6 +141,26 @@ def test_missing_and_extra_tensors(good, tmp_path):
         edit_header(path, lambda header: header.update({name: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}))
         refused(path, name, mention)
         shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("dtype", ["I32", "I8"])
+@pytest.mark.parametrize("linear, name", [("BF16", "weight"), ("NVFP4/packed", "weight_packed")])
+def test_integer_weights_are_named(good, tmp_path, linear, name, dtype):
+    path = copy(good, tmp_path, linear)
+    edit_header(path, lambda header: header[f"{Q}.{name}"].update(
+        dtype=dtype, shape=[np.diff(header[f"{Q}.{name}"]["data_offsets"]).item() // int(dtype[1:]) * 8]))
+    refused(path, f"{Q}.{name} ({dtype}", "fp4rt reads weights in U8 (packed FP4)")
+
+
+def test_what_quantizes_queries_keys_and_values_is_left_out(good, tmp_path):
+    """llm-compressor's attention quantization: scales and zero points beside the linears, as config.json says."""
+    path = copy(good, tmp_path)
+    extra = [f"{LAYER}.self_attn.{one}_{kind}" for one in "qkv" for kind in ("scale", "zero_point")]
+    extra += [f"{LAYER}.self_attn.k_bias", f"{LAYER}.self_attn.v_bias"]  # of ModelOpt's affine caches
+    edit_header(path, lambda header: header.update(
+        {name: {"dtype": "F8_E4M3", "shape": [0], "data_offsets": [0, 0]} for name in extra}))
+    with fp4rt.load(path, device="reference", max_model_len=64) as llm:
+        assert set(extra) == llm.checkpoint.skipped.keys()
 
 
 # -- The index ------------------------------------------------------------------------------------------------------
@@ -214,7 +244,7 @@ def test_absurd_sizes_that_have_defaults(good, tmp_path, key, value):
     ("partial_rotary_factor", 0.5, "partial_rotary_factor"),
     ("rope_theta", 0, "rope_theta"), ("rope_theta", 1, "rope_theta"), ("rope_theta", float("nan"), "rope_theta"),
     ("rope_theta", "big", "rope_theta"), ("rope_theta", 1e300, "rope_theta"), ("rope_scaling", "llama3", "rope_scaling"),
-    ("rope_scaling", [1], "rope_scaling"), ("rope_scaling", {"rope_type": "dynamic", "factor": 2.0}, "rope_type"),
+    ("rope_scaling", [1], "rope_scaling"),
     ("rope_scaling", {"rope_type": ["llama3"]}, "rope_type"), ("rope_scaling", {"type": "longrope"}, "rope_type"),
     ("rope_scaling", {"rope_type": "llama3"}, "factor"),
     ("rope_scaling", {"rope_type": "linear", "factor": 0}, "factor"),
@@ -225,13 +255,32 @@ def test_absurd_sizes_that_have_defaults(good, tmp_path, key, value):
     ("rope_scaling", {"rope_type": "yarn", "factor": 4.0, "beta_slow": 0}, "beta_slow"),
     ("rope_scaling", {"rope_type": "yarn", "factor": float("nan")}, "factor"),
     ("rope_scaling", {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": -1}, "original_max"),
-    ("quantization_config", {"quant_algo": "MXFP8"}, "MXFP8"), ("quantization_config", {"quant_algo": "nvfp4_svd"}, "SVD"),
-    ("quantization_config", {"nvfp4_embed": True}, "nvfp4_embed"),
+    ("quantization_config", {"quant_method": "gptq", "bits": 4}, "quant_method is gptq"),
+    ("quantization_config", {"quant_algo": "W4A16_AWQ"}, "INT4"),
+    ("quantization_config", {"quant_algo": "MXFP8"}, "MXFP8"),
+    ("quantization_config", {"quant_algo": "nvfp4_svd"}, "SVD"),
 ], ids=lambda value: repr(value)[:40])
 def test_config_that_does_not_fit(good, tmp_path, key, value, mention):
     path = copy(good, tmp_path)
     edit_config(path, **{key: value})
     refused(path, mention)
+
+
+def transforms(*places: str) -> dict:
+    uses = [{"location": place, "targets": ["Linear"]} for place in places]
+    return {"transform_config": {"config_groups": {"R": {"type": "hadamard", "apply": uses}}}}
+
+
+def test_rotations_of_activations_are_refused_and_those_of_weights_are_not(good, tmp_path):
+    path = copy(good, tmp_path)
+    for places in (("weight_output", "weight_input"), ()):
+        edit_config(path, quantization_config=transforms(*places))
+        fp4rt.load(path, device="reference", max_model_len=64).close()
+    for junk in (3, [], {"config_groups": 3}, {"config_groups": {"R": {"apply": 3}}}, {"config_groups": {"R": []}}):
+        edit_config(path, quantization_config={"transform_config": junk})
+        fp4rt.load(path, device="reference", max_model_len=64).close()
+    edit_config(path, quantization_config=transforms("weight_input", "input"))
+    refused(path, "transform_config", "rotates activations (input)")
 
 
 @pytest.mark.parametrize("kinds", ["sliding", [], ["full_attention"], ["full_attention", "other"], [["full_attention"], 1],

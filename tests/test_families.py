@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,12 @@ import pytest
 
 import fp4rt
 from backends import BACKENDS, each_backend
+from fp4rt.checkpoint import Checkpoint
+from fp4rt.config import Config
+from fp4rt.formats.dense import bf16_to_float32
+from fp4rt.formats.fp8 import E4M3, to_e4m3
+from fp4rt.models import architecture
+from tiny import Arrays, make_config, write_tensors
 
 ROOT = Path(__file__).parent / "checkpoints"
 FAMILIES = ("gemma4-e2b-modelopt-nvfp4", "gemma4-moe-bf16", "gpt-oss-modelopt-nvfp4", "nemotron-h-modelopt-nvfp4",
@@ -104,3 +112,88 @@ def test_a_long_recurrence_stays_in_float32():
 def test_images_and_audio_are_refused_by_name(content: list):
     with load("gemma4-moe-bf16", "reference") as llm, pytest.raises(fp4rt.Fp4rtError, match="image|audio"):
         llm.chat([{"role": "user", "content": content}])
+
+
+def changed(name: str, path: Path, config: dict, change: Callable[[Arrays], Arrays]) -> Path:
+    """A copy of a checkpoint with other values in config.json and other tensors."""
+    source = Checkpoint(ROOT / name)
+    path.mkdir()
+    write_tensors(path, change({name: (source.dtype(name), source.tensor(name).data) for name in source.names()}))
+    (path / "config.json").write_text(json.dumps(source.config | config))
+    return path
+
+
+@pytest.mark.parametrize("device", ["reference", "cpu"])
+def test_attention_of_gpt_oss_without_biases(tmp_path: Path, device: str):
+    def is_bias(name: str) -> bool:
+        return "self_attn" in name and name.endswith(".bias")
+
+    zeros = changed("gpt-oss-bf16", tmp_path / "zeros", {}, lambda tensors: {
+        name: (dtype, data * 0 if is_bias(name) else data) for name, (dtype, data) in tensors.items()})
+    none = changed("gpt-oss-bf16", tmp_path / "none", {"attention_bias": False}, lambda tensors: {
+        name: tensor for name, tensor in tensors.items() if not is_bias(name)})
+    with fp4rt.load(zeros, device=device) as one, fp4rt.load(none, device=device) as other:
+        assert (one.logits([1, 2, 3, 4]) == other.logits([1, 2, 3, 4])).all()
+
+
+@pytest.mark.parametrize("device", ["reference", "cpu"])
+def test_biases_around_the_latent_space(tmp_path: Path, device: str):
+    """mlp_bias gives them to fc1_latent_proj and fc2_latent_proj too; attention_bias alone gives none to attention."""
+    def with_biases(value: float) -> Callable[[Arrays], Arrays]:
+        def change(tensors: Arrays) -> Arrays:
+            linears = [name for name in tensors if name.endswith(".weight")
+                       and ("latent_proj" in name or "shared_experts" in name)]
+            return tensors | {f"{name.removesuffix('weight')}bias": (
+                "F32", np.full(tensors[name][1].shape[0], value, np.float32)) for name in linears}
+        return change
+
+    name, flags = "nemotron-h-latent-modelopt-mixed", {"mlp_bias": True, "attention_bias": True}
+    found = []
+    for path in (ROOT / name, changed(name, tmp_path / "0", flags, with_biases(0)),
+                 changed(name, tmp_path / "1", flags, with_biases(0.5))):
+        with fp4rt.load(path, device=device) as llm:
+            found.append(llm.logits([1, 2, 3, 4]))
+    assert np.abs(found[0] - found[1]).max() <= 1e-5 * np.abs(found[0]).max() < np.abs(found[0] - found[2]).max()
+
+
+@each_backend
+@pytest.mark.parametrize("factors", [np.array(1), np.linspace(1, 2, 3)], ids=["one scale", "a scale for each expert"])
+def test_gpt_oss_with_experts_in_fp8(tmp_path: Path, factors: np.ndarray, backend: str):
+    """Stacked [E, K, N] as ModelOpt's FP8 presets write them, against the same values in F32."""
+    def fp8(tensors: Arrays) -> Arrays:
+        for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+            values = bf16_to_float32(tensors[name][1])
+            scale = (np.abs(values).max() / 448 * factors).astype(np.float32)
+            tensors |= {name: ("F8_E4M3", to_e4m3(values / scale.reshape(-1, 1, 1))),
+                        f"{name}_weight_scale": ("F32", scale), f"{name}_input_scale": ("F32", np.array(np.float32(1)))}
+        return tensors
+
+    def exact(tensors: Arrays) -> Arrays:
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("_input_scale")}
+        for name in [name for name in tensors if name.endswith("_weight_scale")]:
+            scale, name = tensors.pop(name)[1], name.removesuffix("_weight_scale")
+            tensors[name] = "F32", E4M3[tensors[name][1]] * scale.reshape(-1, 1, 1)
+        return tensors
+
+    found = []
+    for change in (fp8, lambda tensors: exact(fp8(tensors))):
+        path = changed("gpt-oss-bf16", tmp_path / str(len(found)), {}, change)
+        with fp4rt.load(path, max_model_len=64, **BACKENDS[backend][0]) as llm:
+            found.append(llm.logits([1, 2, 3, 4, 5]))
+    assert np.abs(found[0] - found[1]).max() <= BACKENDS[backend][1] * np.abs(found[1]).max()
+
+
+def test_what_a_config_leaves_out_is_as_its_architecture_has_it():
+    """transformers' defaults: Mistral has a window unless it is null, Mixtral none, and another rotary base."""
+    def read(model_type: str, **keys: object):
+        values = make_config("llama") | {"num_local_experts": 4, "num_experts_per_tok": 2} | keys | {
+            "model_type": model_type}
+        config = Config({key: value for key, value in values.items() if value is not ...}, Path("config.json"))
+        return architecture(config).read(config)
+
+    assert read("mistral").windows == (4096, 4096)
+    assert read("mistral", sliding_window=None).windows == read("mixtral").windows == (None, None)
+    assert read("mistral", sliding_window=7).windows == read("mixtral", sliding_window=7).windows == (7, 7)
+    assert (read("mistral").default_theta, read("mixtral").default_theta) == (1e4, 1e6)
+    with pytest.raises(fp4rt.Fp4rtError, match="rope_scaling is missing"):
+        read("gpt_oss", sliding_window=7, rope_scaling=...)

@@ -88,23 +88,33 @@ def test_scales_come_from_the_checkpoint_or_are_one():
 @pytest.mark.parametrize("names, expected", [
     ({"k_proj.k_scale": 0.5, "v_proj.v_scale": 0.25}, (0.5, 0.25)), ({"k_scale": 0.5, "v_scale": 0.25}, (0.5, 0.25)),
     ({"kv_scale": 0.125}, (0.125, 0.125)), ({"k_proj.k_scale": 0.5}, (0.5, 0.5)), ({"v_scale": 2.0}, (2.0, 2.0)),
-    ({}, None),
+    ({"k_proj.k_scale": 0.5, "k_proj.k_bias": [[1, -224, 3]], "v_scale": 0.25, "v_proj.v_bias": []}, (1.0, 0.25)),
+    ({}, None), ({"k_scale": [[[0.5]], [[0.75]]], "v_scale": [[[0.25]], [[0.125]]]}, (0.75, 0.25)),
 ])
 def test_every_spelling_of_the_scales(tmp_path, names: dict[str, float], expected):
     write_scales(tmp_path, names)
     assert read_kv_scales(Checkpoint(tmp_path).at("attn")) == expected
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, np.nan, np.inf])
+@pytest.mark.parametrize("stated, factor", [
+    ({"kv_cache_quant_algo": "NVFP4"}, 6), ({"kv_cache_scheme": "NVFP4_AFFINE"}, 6), ({"kv_cache_quant_algo": "FP8"}, 1),
+    ({"kv_cache_scheme": {"num_bits": 8, "type": "float"}}, 1), ({"kv_cache_scheme": ["NVFP4"]}, 1)])
+def test_scales_of_nvfp4_caches_leave_room_for_their_largest_code(tmp_path, stated: dict, factor: int):
+    write_scales(tmp_path, {"k_scale": 0.5, "v_scale": 0.25}, quantization_config=stated)
+    assert read_kv_scales(Checkpoint(tmp_path).at("attn")) == (0.5 * factor, 0.25 * factor)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, np.nan, np.inf, [0.5, 0.0]])
 def test_a_damaged_scale_is_named(tmp_path, value: float):
     write_scales(tmp_path, {"k_scale": value})
     with pytest.raises(Fp4rtError, match="attn.k_scale"):
         read_kv_scales(Checkpoint(tmp_path).at("attn"))
 
 
-def write_scales(path: Path, names: dict[str, float]) -> None:
-    write_json(path / "config.json", {"model_type": "llama"})
-    with CheckpointWriter(path, {f"attn.{name}": ("F32", ()) for name in names} | {"other": ("F32", ())}) as writer:
+def write_scales(path: Path, names: dict, **config: object) -> None:
+    write_json(path / "config.json", {"model_type": "llama", **config})
+    specs = {f"attn.{name}": ("F32", np.shape(value)) for name, value in names.items()}
+    with CheckpointWriter(path, specs | {"other": ("F32", ())}) as writer:
         for name, value in names.items():
             writer.write(f"attn.{name}", np.float32(value))
 

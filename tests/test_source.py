@@ -86,10 +86,11 @@ def test_what_is_downloaded(monkeypatch, tmp_path):
     assert source.resolve("owner/name", revision="v1") == tmp_path
     assert (asked["repo"], asked["revision"]) == ("owner/name", "v1")
     there = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json",
-             "chat_template.jinja", "pytorch_model.bin", "modeling_x.py", "consolidated.safetensors", "x.gguf",
+             "chat_template.jinja", "additional_chat_templates/tool_use.jinja",
+             "pytorch_model.bin", "modeling_x.py", "consolidated.safetensors", "x.gguf",
              "original/params.json", "onnx/model.safetensors", "consolidated.00.pth", "model.pkl"]
     kept = filter_repo_objects(there, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"])
-    assert list(kept) == there[:5]
+    assert list(kept) == there[:6]
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     assert asked["tqdm_class"](total=3, name="huggingface_hub.x").disable
 

@@ -173,6 +173,11 @@ def test_stop_ids_are_a_union(tmp_path):
     for stated in ('"<|eot_id|>"', '{"content": "<|eot_id|>"}'):
         (tmp_path / "tokenizer_config.json").write_text(f'{{"eos_token": {stated}}}')
         assert Text(tmp_path, {"eos_token_id": 5}).stop_ids == {5, 8, eos}
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<|begin|>"}')
+    (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "no", "eos_token": {"content": "<|eot_id|>"}}')
+    text = Text(tmp_path, {})
+    assert text.stop_ids == {5, 8, eos}
+    assert text.special_tokens == {"bos_token": "<|begin|>", "eos_token": "<|eot_id|>"}
     for bad in ("2", -1, 1.5, [None], True, {}):
         with pytest.raises(Fp4rtError, match="config.json: eos_token_id is"):
             Text(tmp_path, {"eos_token_id": bad})
@@ -272,6 +277,10 @@ def test_templates_in_tokenizer_config(tmp_path, stated, tools, expected):
     assert text.render_chat(CHAT, tools=tools) == expected
     (tmp_path / "chat_template.jinja").write_text("file")
     assert text_with(tmp_path, tokenizer_config={"chat_template": stated}).render_chat(CHAT) == "file"
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    text = text_with(tmp_path, tokenizer_config={"chat_template": stated})
+    assert (text.render_chat(CHAT), text.render_chat(CHAT, tools=[{"name": "f"}])) == ("file", "tools")
 
 
 @pytest.mark.parametrize("stated, words", [

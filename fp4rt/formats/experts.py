@@ -9,9 +9,10 @@ import numpy as np
 from fp4rt.checkpoint import Scope, Tensor
 from fp4rt.errors import Fp4rtError
 from fp4rt.formats.dense import Dense
+from fp4rt.formats.fp8 import Fp8
 from fp4rt.formats.mxfp4 import Mxfp4
-from fp4rt.formats.nvfp4 import Nvfp4
-from fp4rt.formats.read import FLOATS, read_vector, read_weight
+from fp4rt.formats.nvfp4 import BLOCK, BLOCKS, Nvfp4, of_blocks
+from fp4rt.formats.read import FLOATS, has_weight, read_vector, read_weight
 from fp4rt.formats.weight import Weight
 
 
@@ -47,7 +48,7 @@ class ExpertShape:
 def read_experts(scope: Scope, shape: ExpertShape) -> tuple[list[list[Weight]], list[list[Weight]]]:
     """(up, down): for each expert its parts, gate before up. Raises Fp4rtError("checkpoint")."""
     for names in SEPARATE:
-        if _has_linear(scope.at("0"), names[-1]):
+        if has_weight(scope.at(f"0.{names[-1]}")):
             return _separate(scope, shape, names)
     stacked = "gate_up_proj" if shape.gated else "up_proj"
     if scope.has(f"{stacked}_blocks"):
@@ -62,13 +63,9 @@ def _sizes(stacked: str, shape: ExpertShape) -> tuple[tuple[str, int, int], ...]
     return ((stacked, shape.inner * (2 if shape.gated else 1), shape.hidden), ("down_proj", shape.hidden, shape.inner))
 
 
-def _has_linear(scope: Scope, name: str) -> bool:
-    return scope.has(f"{name}.weight") or scope.has(f"{name}.weight_packed")
-
-
 def _separate(scope: Scope, shape: ExpertShape, names: tuple[str, str, str]) -> tuple[list[list[Weight]], ...]:
     *up_names, down_name = names if shape.gated else names[1:]
-    if _has_linear(scope.at(str(shape.num_experts)), down_name):
+    if has_weight(scope.at(f"{shape.num_experts}.{down_name}")):
         raise Fp4rtError("checkpoint", f"{scope.checkpoint.path}: {scope.prefix} holds more experts than the "
                          f"{shape.num_experts} that config.json states")
     up, down = [], []
@@ -98,6 +95,15 @@ def _biases(scope: Scope, name: str, rows: int, shape: ExpertShape) -> list[list
     return [_parts(shape, name, one) for one in values]
 
 
+def _per_expert(scope: Scope, name: str, experts: int) -> np.ndarray:
+    """Positive float32 [experts]; one in the file serves them all."""
+    values = read_vector(scope, name, scope.tensor(name).data.size)
+    if values.size not in (1, experts) or not (values > 0).all():
+        raise Fp4rtError("checkpoint", f"{scope.tensor(name)}: expected one positive scale, or one for each of "
+                                       f"{experts} experts")
+    return np.broadcast_to(values, experts)
+
+
 def _mxfp4(scope: Scope, name: str, rows: int, columns: int, shape: ExpertShape) -> list[list[Weight]]:
     """gpt-oss as OpenAI published it: blocks [E, rows, columns/32, 16] and E8M0 scales [E, rows, columns/32]."""
     experts = shape.num_experts
@@ -116,7 +122,7 @@ def _mxfp4(scope: Scope, name: str, rows: int, columns: int, shape: ExpertShape)
 
 def _stacked(scope: Scope, name: str, rows: int, columns: int, shape: ExpertShape) -> list[list[Weight]]:
     """One tensor for all experts: plain [E, rows, columns], or the transposed [E, columns, rows] of gpt-oss and its
-    NVFP4 export, whose codes are packed and whose scales run along the second axis."""
+    FP8 and NVFP4 exports, of which NVFP4's codes are packed and its scales run along the second axis."""
     tensor, experts = scope.tensor(name), shape.num_experts
     biases = _biases(scope, name, rows, shape)
     if tensor.dtype in FLOATS:
@@ -125,17 +131,21 @@ def _stacked(scope: Scope, name: str, rows: int, columns: int, shape: ExpertShap
         values = tensor.data.transpose(0, 2, 1) if transposed else tensor.data
         return [[Dense(tensor.name, tensor.dtype, part, bias) for part, bias in
                  zip(_parts(shape, name, values[e]), biases[e])] for e in range(experts)]
-    _expect(tensor, ("U8",), (experts, columns // 2, rows))
-    scales = _expect(scope.tensor(f"{name}_weight_scale"), ("F8_E4M3",), (experts, columns // 16, rows))
-    if scales.data.size and scales.data.max() >= 0x7F:
-        raise Fp4rtError("checkpoint", f"{scales}: holds NaN or negative scales; the checkpoint is damaged")
-    globals_ = read_vector(scope, f"{name}_weight_scale_2", scope.tensor(f"{name}_weight_scale_2").data.size)
-    if globals_.size not in (1, experts) or not (globals_ > 0).all():
-        raise Fp4rtError("checkpoint", f"{scope.tensor(f'{name}_weight_scale_2')}: expected one positive scale, or "
-                                       f"one for each of {experts} experts")
     if scope.has(f"{name}_input_scale"):
         scope.checkpoint.skip(scope.name(f"{name}_input_scale"), "activations are not quantized here")
-    globals_ = np.broadcast_to(globals_, experts)
-    return [[Nvfp4(tensor.name, codes, block_scales, float(globals_[e]), bias) for codes, block_scales, bias in
-             zip(_parts(shape, name, tensor.data[e].T), _parts(shape, name, scales.data[e].T), biases[e])]
+    if tensor.dtype == "F8_E4M3":
+        _expect(tensor, ("F8_E4M3",), (experts, columns, rows))
+        scales = _per_expert(scope, f"{name}_weight_scale", experts)
+        return [[Fp8(tensor.name, codes, scales[e].reshape(1, 1), codes.shape, bias) for codes, bias in
+                 zip(_parts(shape, name, tensor.data[e].T), biases[e])] for e in range(experts)]
+    _expect(tensor, ("U8",), (experts, columns // 2, rows))
+    scales = scope.tensor(f"{name}_weight_scale")
+    width = next((width for width in BLOCKS if scales.shape == (experts, columns / width, rows)), BLOCK)
+    _expect(scales, ("F8_E4M3",), (experts, columns // width, rows))
+    if scales.data.size and scales.data.max() >= 0x7F:
+        raise Fp4rtError("checkpoint", f"{scales}: holds NaN or negative scales; the checkpoint is damaged")
+    globals_ = _per_expert(scope, f"{name}_weight_scale_2", experts)
+    return [[Nvfp4(tensor.name, codes, of_blocks(block_scales, width), float(globals_[e]), bias)
+             for codes, block_scales, bias in zip(_parts(shape, name, tensor.data[e].T),
+                                                  _parts(shape, name, scales.data[e].T), biases[e])]
             for e in range(experts)]

@@ -10,6 +10,7 @@ from fp4rt.formats.fp8 import E4M3
 from fp4rt.formats.weight import ALL
 
 BLOCK = 16
+BLOCKS = (BLOCK, 32, 64, 128)  # what exporters can be told to use
 
 # OCP Microscaling Formats v1.0, E2M1; code 8 is minus zero.
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
@@ -33,6 +34,11 @@ def unswizzle(scales: np.ndarray, rows: int, columns: int) -> np.ndarray:
     m_tiles, k_tiles = -(-rows // 128), -(-columns // 4)
     tiles = scales.reshape(m_tiles, k_tiles, 32, 4, 4)
     return np.ascontiguousarray(tiles.transpose(0, 3, 2, 1, 4).reshape(m_tiles * 128, k_tiles * 4)[:rows, :columns])
+
+
+def of_blocks(scales: np.ndarray, width: int) -> np.ndarray:
+    """Scales [N, K/width] of wider blocks as those of blocks of 16, [N, K/16]."""
+    return scales if width == BLOCK else np.repeat(scales, width // BLOCK, axis=1)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from fp4rt.checkpoint import Scope, Tensor
@@ -9,7 +11,7 @@ from fp4rt.errors import Fp4rtError
 from fp4rt.formats.dense import Dense, to_float32
 from fp4rt.formats.fp8 import Fp8
 from fp4rt.formats.mxfp4 import Mxfp4
-from fp4rt.formats.nvfp4 import BLOCK, Nvfp4, unswizzle
+from fp4rt.formats.nvfp4 import BLOCK, BLOCKS, Nvfp4, of_blocks, unswizzle
 from fp4rt.formats.weight import Weight
 
 FLOATS = ("BF16", "F16", "F32")
@@ -37,11 +39,12 @@ def read_vector(scope: Scope, suffix: str, size: int) -> np.ndarray:
     return values
 
 
-def _scalar(scope: Scope, suffix: str) -> float:
-    value = float(read_vector(scope, suffix, 1)[0])
-    if value <= 0:
-        raise _refuse(scope.tensor(suffix), f"is {value}, a scale must be positive")
-    return value
+def _scalar(scope: Scope, suffix: str, size: int = 1) -> float:
+    """A positive number, or the largest of so many of which all are."""
+    values = read_vector(scope, suffix, size)
+    if not (values > 0).all():
+        raise _refuse(scope.tensor(suffix), f"is {values.min()}, a scale must be positive")
+    return float(values.max())
 
 
 def _e4m3_scales(scope: Scope, tensor: Tensor, data: np.ndarray) -> np.ndarray:
@@ -59,16 +62,29 @@ def read_kv_scales(scope: Scope) -> tuple[float, float] | None:
     """The scales of FP8 keys and values below an attention module; one serves both where the other is missing.
 
     None where there are none: exporters write them beside k_proj and v_proj, older ones beside the module or as one.
+    Of scales for each head the largest serves them all. Those of affine caches, which subtract a bias before rounding,
+    grow by what that takes; those of NVFP4 caches by the 6 that older versions of ModelOpt leave to the block scales.
     """
-    found = []
-    for suffixes in (("k_proj.k_scale", "k_scale", "kv_scale"), ("v_proj.v_scale", "v_scale", "kv_scale")):
-        found += [_scalar(scope, suffix) for suffix in suffixes if scope.has(suffix)][:1] or [None]
+    quantization = scope.checkpoint.quantization
+    cache = quantization.get("kv_cache_quant_algo") or quantization.get("kv_cache_scheme")
+    factor = 6.0 if isinstance(cache, str) and cache.upper().startswith("NVFP4") else 1.0
+    found: list[float | None] = []
+    for one in "kv":
+        suffixes, bias = (f"{one}_proj.{one}_scale", f"{one}_scale", "kv_scale"), f"{one}_proj.{one}_bias"
+        suffix = next((suffix for suffix in suffixes if scope.has(suffix)), None)
+        found.append(None if suffix is None else factor * _scalar(scope, suffix, math.prod(scope.shape(suffix)) or 1))
+        if suffix is not None and scope.has(bias):
+            values = read_vector(scope, bias, math.prod(scope.shape(bias)))
+            found[-1] += float(np.abs(values).max(initial=0)) / 448
     k, v = found
     return None if k is None and v is None else (k or v, v or k)
 
 
 def _block_scales(scope: Scope, suffix: str, n: int, k: int) -> np.ndarray:
-    """E4M3 scales uint8 [N, K/16], un-swizzled where their shape (or --scale-layout) says they are swizzled."""
+    """E4M3 scales uint8 [N, K/16], un-swizzled where their shape (or --scale-layout) says they are swizzled.
+
+    Of wider blocks (ModelOpt's W4A8_NVFP4_FP8 has 32) each scale is repeated.
+    """
     tensor = scope.tensor(suffix)
     if tensor.dtype not in ("F8_E4M3", "U8"):
         raise _refuse(tensor, "NVFP4 block scales are F8_E4M3")
@@ -80,9 +96,10 @@ def _block_scales(scope: Scope, suffix: str, n: int, k: int) -> np.ndarray:
         raise _refuse(tensor, f"is not in the swizzled layout, which would be {list(padded)}", "use --scale-layout auto")
     if asked == "swizzled" or (asked == "auto" and swizzled and tensor.shape != linear):
         return _e4m3_scales(scope, tensor, unswizzle(tensor.data.reshape(-1), n, columns))
-    if tensor.shape != linear:
+    width = next((width for width in BLOCKS if tensor.shape == (n, k / width)), None)
+    if width is None:
         raise _refuse(tensor, f"a weight [{n}, {k}] needs block scales {list(linear)}")
-    return _e4m3_scales(scope, tensor, tensor.data)
+    return of_blocks(_e4m3_scales(scope, tensor, tensor.data), width)
 
 
 def _fp8_scales(scope: Scope, n: int, k: int) -> tuple[np.ndarray, tuple[int, int]]:
@@ -110,13 +127,23 @@ def _fp8_scales(scope: Scope, n: int, k: int) -> tuple[np.ndarray, tuple[int, in
 
 def _block_size(scope: Scope, tensor: Tensor, n: int, k: int, rows: int, columns: int) -> tuple[int, int]:
     """The edges of FP8 scale blocks: as the config says, else 128, and they must account for the scales' shape."""
-    stated = scope.checkpoint.quantization.get("weight_block_size")
-    for bn, bk in ([tuple(stated)] if isinstance(stated, list) and len(stated) == 2 else []) + [(128, 128)]:
-        if type(bn) is int and type(bk) is int and bn > 0 and bk > 0 and (-(-n // bn), -(-k // bk)) == (rows, columns):
+    for bn, bk in [*_stated_blocks(scope.checkpoint.quantization), (128, 128)]:
+        if (-(-n // bn), -(-k // bk)) == (rows, columns):
             return bn, bk
-    if n % rows == 0 and k % columns == 0:
+    if rows and columns and n % rows == 0 and k % columns == 0:
         return n // rows, k // columns
     raise _refuse(tensor, f"does not fit an FP8 weight [{n}, {k}] in blocks of 128x128")
+
+
+def _stated_blocks(quantization: dict) -> list[tuple[int, int]]:
+    """What DeepSeek's config calls weight_block_size, and compressed-tensors' block_structure in a group of linears."""
+    groups = quantization.get("config_groups")
+    groups = groups.values() if isinstance(groups, dict) else ()
+    weights = [group.get("weights") for group in groups if isinstance(group, dict)]
+    stated = [quantization.get("weight_block_size"),
+              *(one.get("block_structure") for one in weights if isinstance(one, dict))]
+    return [tuple(block) for block in stated if isinstance(block, list) and len(block) == 2
+            and all(type(edge) is int and edge > 0 for edge in block)]
 
 
 def _mxfp4(scope: Scope, tensor: Tensor, n: int, k: int, extra: dict) -> Mxfp4:
@@ -128,6 +155,17 @@ def _mxfp4(scope: Scope, tensor: Tensor, n: int, k: int, extra: dict) -> Mxfp4:
     if scales.data.size and scales.data.max() == 255:
         raise _refuse(scales, "holds NaN", "the checkpoint is damaged; download or export it again")
     return Mxfp4(tensor.name, tensor.data, scales.data, **extra)
+
+
+def has_weight(scope: Scope) -> bool:
+    """Whether a linear lies at `scope`, in whatever format."""
+    return scope.has("weight") or scope.has("weight_packed")
+
+
+def is_copy(scope: Scope, other: Scope) -> bool:
+    """Whether the unquantized linear at `scope` holds the same bytes as the one at `other`."""
+    return (scope.has("weight") and other.has("weight") and not scope.has("weight_scale")
+            and scope.checkpoint.same(scope.name("weight"), other.name("weight")))
 
 
 def read_weight(scope: Scope, n: int, k: int, *, bias: bool = False) -> Weight:
@@ -148,6 +186,9 @@ def read_weight(scope: Scope, n: int, k: int, *, bias: bool = False) -> Weight:
     tensor = scope.tensor("weight_packed" if packed else "weight")
     extra = {"bias": bias_values, "pre_quant_scale": pre_quant_scale}
 
+    if tensor.dtype not in ("U8", "F8_E4M3", *FLOATS):
+        raise _refuse(tensor, f"fp4rt reads weights in U8 (packed FP4), F8_E4M3, {', '.join(FLOATS)}",
+                      "use an export in one of these formats")
     if tensor.dtype == "U8":
         if not scope.has("weight_scale"):
             raise _refuse(tensor, "packed 4-bit codes without weight_scale beside them")
@@ -170,6 +211,4 @@ def read_weight(scope: Scope, n: int, k: int, *, bias: bool = False) -> Weight:
     if tensor.dtype == "F8_E4M3":
         scales, block = _fp8_scales(scope, n, k)
         return Fp8(tensor.name, tensor.data, scales, block, **extra)
-    if tensor.dtype in FLOATS:
-        return Dense(tensor.name, tensor.dtype, tensor.data, **extra)
-    raise _refuse(tensor, f"fp4rt reads weights in U8 (packed FP4), F8_E4M3, {', '.join(FLOATS)}")
+    return Dense(tensor.name, tensor.dtype, tensor.data, **extra)

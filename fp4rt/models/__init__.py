@@ -34,7 +34,10 @@ class Architecture(Protocol):
 REFUSED_ALGORITHMS = {
     "MXFP8": "FP8 with E8M0 scales",
     "NVFP4_SVD": "NVFP4 with a low-rank part",
+    "W4A16_AWQ": "INT4", "W4A8_AWQ": "INT4",
 }
+# Whose tensors have other names than "weight", which would only be missed.
+REFUSED_METHODS = ("gptq", "awq", "bitsandbytes", "hqq", "aqlm", "exl2", "exl3")
 
 
 def architecture(config: Config) -> Architecture:
@@ -51,14 +54,27 @@ def read_config(checkpoint: Checkpoint) -> tuple[Config, Any]:
     config = Config(checkpoint.config, checkpoint.path / "config.json")
     known = architecture(config)
     quantization = checkpoint.quantization
+    if quantization.get("quant_method") in REFUSED_METHODS:
+        raise config.refuse("quantization_config.quant_method", f"is {quantization['quant_method']}",
+                            "not supported; use an NVFP4, MXFP4, FP8 or BF16 export")
     algorithm = str(quantization.get("quant_algo") or "").upper()
     if algorithm in REFUSED_ALGORITHMS:
         raise config.refuse("quantization_config.quant_algo", f"is {algorithm} ({REFUSED_ALGORITHMS[algorithm]})",
                             "not supported; use an NVFP4 or FP8 export")
-    if quantization.get("nvfp4_embed"):
-        raise config.refuse("quantization_config.nvfp4_embed", "is true",
-                            "quantized embeddings are not supported; use an export that keeps them in BF16")
+    if place := _rotated_activations(quantization):
+        raise config.refuse("quantization_config.transform_config", f"rotates activations ({place}) as QuIP and "
+                            "SpinQuant's R3 and R4 do", "not supported; use an export that rotates weights alone")
     return config, known.read(config)
+
+
+def _rotated_activations(quantization: dict[str, Any]) -> str | None:
+    """Where compressed-tensors' transforms want a product before or behind a linear that its weight does not hold."""
+    transforms = quantization.get("transform_config")
+    groups = transforms.get("config_groups") if isinstance(transforms, dict) else None
+    uses = [use for group in (groups.values() if isinstance(groups, dict) else ()) if isinstance(group, dict)
+            for use in (group.get("apply") if isinstance(group.get("apply"), list) else ())]
+    places = [str(use.get("location")) for use in uses if isinstance(use, dict)]
+    return next((place for place in places if not place.startswith("weight_")), None)
 
 
 def load_model(checkpoint: Checkpoint, load: Loader, max_positions: int,
@@ -71,14 +87,15 @@ def load_model(checkpoint: Checkpoint, load: Loader, max_positions: int,
         checkpoint.finish_checks()
     finally:
         checkpoint.drop_checks()
-    tied = getattr(sizes, "tie_word_embeddings", False)
     skipped = getattr(known, "skipped", lambda name, sizes: None)
     for name in checkpoint.unread():
         if name.endswith("rotary_emb.inv_freq"):
             checkpoint.skip(name, "an old export's rotary table, which follows from the config")
-        elif name.endswith(("kv_scale", "k_scale", "v_scale")):
+        elif name.endswith(("kv_scale", "k_scale", "v_scale", "k_bias", "v_bias", "k_zero_point", "v_zero_point")):
             checkpoint.skip(name, "keys and values are not in FP8 (--kv-dtype fp8)")
-        elif tied and name.startswith("lm_head."):
+        elif name.endswith(("q_scale", "q_zero_point")):
+            checkpoint.skip(name, "queries are not quantized here")
+        elif load.tied and name.startswith("lm_head."):
             checkpoint.skip(name, "the head is tied to the embedding")
         elif reason := skipped(name, sizes):
             checkpoint.skip(name, reason)

@@ -262,10 +262,10 @@ def build(scope: Scope, source: Config, sizes: Sizes, load: Loader, max_position
         ropes[kind[0] == "s"] = load.ops.rope_table(
             *inverse_frequencies(Config({"rope_parameters": own.values if own else DEFAULT_ROPE[kind]}, text.file,
                                         text.path), first.head_dim), max_positions)
-    head = scope.at("lm_head") if not sizes.tie_word_embeddings or scope.has("lm_head.weight") else None
     # A BF16 run of the original rounds this factor to BF16; here everything between weights is float32.
-    embed_tokens, lm_head = load.embedding_and_head(body.at("embed_tokens"), head, sizes.vocab_size, sizes.hidden_size,
-                                                    scale=sizes.hidden_size**0.5)
+    embed_tokens, lm_head = load.embedding_and_head(
+        body.at("embed_tokens"), scope.at("lm_head"), sizes.vocab_size, sizes.hidden_size,
+        tied=sizes.tie_word_embeddings, scale=sizes.hidden_size**0.5)
     norm = load.norm(body, "norm", sizes.hidden_size, sizes.eps)
     per_layer = PerLayerEmbedding(body, sizes, load) if sizes.per_layer_width else None
     layers = [Layer(body.at(f"layers.{i}"), sizes, i, ropes[sizes.sliding[i]], load)

@@ -26,6 +26,8 @@ def read(config: Config) -> Sizes:
         raise config.refuse("layer_types", f"is {str(kinds)[:80]}",
                             f"expected {layers} of sliding_attention and full_attention")
     window = config.integer("sliding_window")
+    if config.section("rope_parameters") is None:
+        config.get("rope_scaling")  # not the plain frequencies that its absence would mean elsewhere
     for key, expected in (("swiglu_limit", 7.0), ("swiglu_alpha", 1.702)):
         if config.number(key, expected) != expected:
             raise config.refuse(key, f"is {config.get(key)}", f"fp4rt knows this activation with {expected}")
@@ -33,8 +35,9 @@ def read(config: Config) -> Sizes:
     top_k = config.integer("num_experts_per_tok", most=1 << 10)
     if top_k > experts:
         raise config.refuse("num_experts_per_tok", f"is {top_k}", f"there are {experts} experts")
+    bias = config.flag("attention_bias", True)
     # A softmax over the chosen logits is the softmax over all, divided by the chosen ones' sum.
-    return Sizes(**DecoderConfig.read(config, qkv_bias=True, o_bias=True, windows=tuple(
+    return Sizes(**DecoderConfig.read(config, qkv_bias=bias, o_bias=bias, windows=tuple(
         window if kind == "sliding_attention" else None for kind in kinds)).__dict__, routing=Routing(experts, top_k))
 
 

@@ -12,12 +12,13 @@ from fp4rt.ops import Routing
 
 
 def read(config: Config) -> Sizes:
-    dense = read_mistral(config)
+    dense = read_mistral(config, default_window=None)
     experts = config.integer("num_local_experts", most=1 << 14)
     top_k = config.integer("num_experts_per_tok", most=1 << 10)
     if top_k > experts:
         raise config.refuse("num_experts_per_tok", f"is {top_k}", f"there are {experts} experts")
-    return Sizes(**dense.__dict__, routing=Routing(experts, top_k), moe_intermediate_size=dense.intermediate_size)
+    return Sizes(**dense.__dict__ | {"default_theta": 1e6}, routing=Routing(experts, top_k),
+                 moe_intermediate_size=dense.intermediate_size)
 
 
 def build(scope: Scope, source: Config, sizes: Sizes, load: Loader, max_positions: int, progress: Progress) -> Decoder:

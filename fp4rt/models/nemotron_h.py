@@ -10,7 +10,7 @@ import numpy as np
 
 from fp4rt.checkpoint import Scope
 from fp4rt.config import Config
-from fp4rt.formats import ExpertShape, read_vector, read_weight
+from fp4rt.formats import ExpertShape, has_weight, read_vector, read_weight
 from fp4rt.layers import Decoder, Progress
 from fp4rt.loading import Loader
 from fp4rt.ops import AttentionShape, MambaShape, Routing
@@ -136,7 +136,8 @@ class Attention:
 
     def __init__(self, scope: Scope, sizes: Sizes, load: Loader):
         self.ops, self.shape, shape = load.ops, sizes.attention, sizes.attention
-        q, kv, bias = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim, sizes.attention_bias
+        q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+        bias = sizes.attention_bias and scope.has("q_proj.bias")  # transformers has none, whatever config.json says
         self.qkv_proj = load.linear(scope, {"q_proj": q, "k_proj": kv, "v_proj": kv}, sizes.hidden_size, bias=bias)
         self.o_proj = load.linear(scope, {"o_proj": sizes.hidden_size}, q, bias=bias)
 
@@ -165,18 +166,18 @@ class MoE:
     """Routed experts, in a narrower latent space where the model has one, and a shared expert that every token takes."""
 
     def __init__(self, scope: Scope, sizes: Sizes, load: Loader):
-        hidden, latent, routing = sizes.hidden_size, sizes.moe_latent_size, sizes.routing
+        hidden, latent, routing, bias = sizes.hidden_size, sizes.moe_latent_size, sizes.routing, sizes.mlp_bias
         shared, width = scope.at("shared_experts"), sizes.moe_shared_expert_intermediate_size
         self.ops = load.ops
         self.gate = load.router(scope, "gate", routing.num_experts, hidden)
         self.correction = load.vector(scope, "gate.e_score_correction_bias", routing.num_experts)
-        self.fc1_latent_proj = load.linear(scope, {"fc1_latent_proj": latent}, hidden) if latent else None
-        self.fc2_latent_proj = load.linear(scope, {"fc2_latent_proj": hidden}, latent) if latent else None
+        self.fc1_latent_proj = load.linear(scope, {"fc1_latent_proj": latent}, hidden, bias=bias) if latent else None
+        self.fc2_latent_proj = load.linear(scope, {"fc2_latent_proj": hidden}, latent, bias=bias) if latent else None
         self.up_proj, self.down_proj, always = load.experts_and_shared(
             scope.at("experts"),
             ExpertShape(routing.num_experts, latent or hidden, sizes.moe_intermediate_size, gated=False), routing.top_k,
-            [read_weight(shared.at("up_proj"), width, hidden, bias=sizes.mlp_bias)],
-            read_weight(shared.at("down_proj"), hidden, width, bias=sizes.mlp_bias))
+            [read_weight(shared.at("up_proj"), width, hidden, bias=bias)],
+            read_weight(shared.at("down_proj"), hidden, width, bias=bias))
         self.routing = replace(routing, always=always)
         self.shared_experts = None if always else MLP(shared, sizes, load, width)
 
@@ -209,11 +210,11 @@ MIXERS = {"mamba": Mamba, "attention": Attention, "mlp": MLP, "moe": MoE}
 def build(scope: Scope, source: Config, sizes: Sizes, load: Loader, max_positions: int, progress: Progress) -> Decoder:
     prefix = next((p for p in ("backbone", "model") if scope.has(f"{p}.norm_f.weight")), "backbone")
     body = scope.at(prefix)
-    table = next((n for n in ("embeddings", "embedding", "embed_tokens") if body.has(f"{n}.weight")), "embeddings")
+    table = next((n for n in ("embeddings", "embedding", "embed_tokens") if has_weight(body.at(n))), "embeddings")
     memory = [load.remembered(body.at(f"layers.{i}.mixer"), sizes.attention) if kind == "attention" else
               sizes.mamba if kind == "mamba" else None for i, kind in enumerate(sizes.kinds)]
     embed_tokens, lm_head = load.embedding_and_head(
-        body.at(table), None if sizes.tie_word_embeddings else scope.at("lm_head"), sizes.vocab_size, sizes.hidden_size)
+        body.at(table), scope.at("lm_head"), sizes.vocab_size, sizes.hidden_size, tied=sizes.tie_word_embeddings)
     norm = load.norm(body, "norm_f", sizes.hidden_size, sizes.eps)
     layers = []
     for i in progress(range(len(sizes.kinds))):

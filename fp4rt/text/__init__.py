@@ -28,14 +28,15 @@ class Text:
     """The text side of a checkpoint directory.
 
     stop_ids: ids that end a text: the union of what generation_config.json, config.json (its text_config too) and
-    tokenizer_config.json name. vocab_size: ids the tokenizer knows, which may be fewer or more than the model's.
-    Raises Fp4rtError("checkpoint") naming the file that is missing or wrong.
+    tokenizer_config.json (or special_tokens_map.json) name. vocab_size: ids the tokenizer knows, which may be fewer or
+    more than the model's. Raises Fp4rtError("checkpoint") naming the file that is missing or wrong.
     """
 
     def __init__(self, path: Path, config: dict[str, Any]):
         self.path = Path(path)
         self._tokenizer = _read_tokenizer(self.path / "tokenizer.json")
         self._config = self._read_optional("tokenizer_config.json")
+        self._tokens_map = self._read_optional("special_tokens_map.json")
         self._bytes = TokenBytes(self._tokenizer, str(self.path / "tokenizer.json"))
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.stop_ids = self._read_stop_ids(config)
@@ -117,7 +118,8 @@ class Text:
 
     @property
     def special_tokens(self) -> dict[str, str]:
-        """What tokenizer_config.json names of bos_token, eos_token, pad_token and unk_token: {name: spelling}."""
+        """What tokenizer_config.json, or else special_tokens_map.json, names of bos_token, eos_token, pad_token and
+        unk_token: {name: spelling}."""
         return {name: token for name in SPECIAL if (token := self._special(name)) is not None}
 
     def splitter(self, prompt: Sequence[int]) -> Splitter | None:
@@ -159,12 +161,15 @@ class Text:
         return read_json(self.path / name) if (self.path / name).is_file() else {}
 
     def _special(self, name: str) -> str | None:
-        """A special token's text, which tokenizer_config.json gives as a string or as {"content": string}."""
-        value = self._config.get(name)
-        value = value.get("content") if isinstance(value, dict) else value
-        if value is not None and not isinstance(value, str):
-            raise Fp4rtError("checkpoint", f"{self.path}/tokenizer_config.json: {name} is {value!r}; expected text")
-        return value
+        """A special token's text, a string or {"content": string}; older exports name it in the second file."""
+        for file, source in (("tokenizer_config.json", self._config), ("special_tokens_map.json", self._tokens_map)):
+            value = source.get(name)
+            value = value.get("content") if isinstance(value, dict) else value
+            if isinstance(value, str):
+                return value
+            if value is not None:
+                raise Fp4rtError("checkpoint", f"{self.path / file}: {name} is {value!r}; expected text")
+        return None
 
     def _read_stop_ids(self, config: dict[str, Any]) -> frozenset[int]:
         found: set[int] = set()

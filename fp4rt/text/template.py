@@ -20,20 +20,16 @@ WALL_SECONDS = 60        # for one render
 MEMORY_BYTES = 1 << 30
 MAX_TEXT = 16 << 20
 MAX_TEMPLATE_BYTES = 1 << 20
+NAMED = "additional_chat_templates"  # a folder of those besides the default one
 
 
 def find_template(path: Path, tokenizer_config: dict[str, Any]) -> ChatTemplate:
-    """chat_template.jinja, else what tokenizer_config.json holds: a template, or a list of {name, template}."""
+    """chat_template.jinja with NAMED/*.jinja, else what tokenizer_config.json holds: one, or a list of {name, template}.
+    """
     file = path / "chat_template.jinja"
     if file.is_file():
-        try:
-            if file.stat().st_size > MAX_TEMPLATE_BYTES:
-                raise Fp4rtError("checkpoint", f"{file}: more than {MAX_TEMPLATE_BYTES} bytes is too large")
-            return ChatTemplate(str(file), {"default": file.read_text(encoding="utf-8")})
-        except OSError as error:
-            raise Fp4rtError("checkpoint", f"{file}: cannot be read ({error.strerror})") from None
-        except UnicodeDecodeError:
-            raise Fp4rtError("checkpoint", f"{file}: not UTF-8 text; download it again") from None
+        return ChatTemplate(str(file), {"default": _read(file)} | {
+            other.stem: _read(other) for other in sorted((path / NAMED).glob("*.jinja"))})
     file = path / "tokenizer_config.json"
     stated = tokenizer_config.get("chat_template")
     if stated is None:
@@ -50,6 +46,17 @@ def find_template(path: Path, tokenizer_config: dict[str, Any]) -> ChatTemplate:
     if len(named) > 1 and "default" not in named:
         raise Fp4rtError("checkpoint", f"{file}: chat_template has {', '.join(named)} but no default")
     return ChatTemplate(str(file), named)
+
+
+def _read(file: Path) -> str:
+    try:
+        if file.stat().st_size > MAX_TEMPLATE_BYTES:
+            raise Fp4rtError("checkpoint", f"{file}: more than {MAX_TEMPLATE_BYTES} bytes is too large")
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise Fp4rtError("checkpoint", f"{file}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise Fp4rtError("checkpoint", f"{file}: not UTF-8 text; download it again") from None
 
 
 class ChatTemplate:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import cupy
 import numpy as np
 
-from fp4rt.errors import Fp4rtError
 from fp4rt.formats import Dense, Weight
 from fp4rt.ops.cuda.dense_linear import DenseLayout
 from fp4rt.ops.cuda.device import Device
@@ -15,6 +14,7 @@ from fp4rt.ops.cuda.linear import CudaLinear
 from fp4rt.ops.cuda.tiles import Packed
 
 _THREADS = 256
+_ROWS = 4096  # of a quantized table, dequantized together
 FORMATS = {"BF16": 0, "F16": 1, "F32": 2}  # enum Format in kernels/table.cuh
 
 
@@ -37,13 +37,15 @@ class Embedding:
 
 def embedding_weight(device: Device, weight: Weight, *, tied_to: CudaLinear | None = None,
                      scale: float = 1.0) -> Embedding:
-    """Upload the table, or share the memory of the head made from the same tensor if it holds dense tiles."""
+    """Upload the table, a quantized one as float32, or share the memory of the head made from the same tensor if it
+    holds dense tiles."""
     if tied_to is not None and len(tied_to.groups) == 1 and isinstance(tied_to.groups[0].layout, DenseLayout):
         return Embedding(weight.shape[1], None, 0, tied_to.groups[0], float(scale))
     if not isinstance(weight, Dense):
-        raise Fp4rtError(
-            "checkpoint", f"{weight.name}: the CUDA backend reads token tables in BF16, F16 or F32, "
-            f"not {weight.format}; export the model with its embedding unquantized")
+        values = np.empty(weight.shape, np.float32)
+        for row in range(0, len(values), _ROWS):  # not at once: dequantizing takes a few times its result
+            values[row:row + _ROWS] = weight.dequantize(slice(row, row + _ROWS))
+        weight = Dense(weight.name, "F32", values)
     data = weight.data if weight.format == "F32" else weight.data.view(np.uint16)
     return Embedding(weight.shape[1], device.upload(data), FORMATS[weight.format], None, float(scale))
 

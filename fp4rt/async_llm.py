@@ -258,9 +258,9 @@ class AsyncLLM:
 
     def stats(self) -> Stats:
         """What the engine is doing now (any thread)."""
-        engine = self.llm.engine
-        if engine is None:
+        if self.llm.closed:
             return Stats(finished=dict(self._finished))
+        engine = self.llm.engine
         scheduler, cache = engine.scheduler, engine.cache
         running = len(scheduler.running)
         return Stats(running, max(0, len(self._requests) - running), sum(cache.num_pages), cache.pages_in_use,

@@ -499,7 +499,9 @@ def test_keys():
 
 def test_without_a_key_only_names_of_this_machine_are_answered():
     with serving("demo", own_hosts=True, device="cpu", max_model_len=256) as server:
-        for host, status in (("localhost", 200), ("127.0.0.1:8000", 200), ("[::1]:1", 200), ("evil.example", 421)):
+        for host, status in (("localhost", 200), ("127.0.0.1:8000", 200), ("[::1]:1", 200), ("127.0.0.2:1", 200),
+                             ("LocalHost:", 200), ("[0:0:0:0:0:0:0:1]", 200), ("evil.example", 421), ("10.0.0.1", 421),
+                             ("[::1]evil", 421), ("127.0.0.1.evil.example", 421), ("", 421)):
             assert server.ask("GET", "/v1/models", headers={"host": host})[0] == status
 
 

@@ -164,8 +164,8 @@ def test_a_chat(server: Running):
 
 def test_parts_of_text_and_developers_are_taken(server: Running):
     parts = [{"role": "developer", "content": "Be short."},
-             {"role": "user", "content": [{"type": "text", "text": "What is 2+3?"}]}]
-    plain = [{"role": "system", "content": "Be short."}, *HELLO]
+             {"role": "user", "content": [{"type": "text", "text": "What is 2+3?"}, {"type": "text", "text": ""}]}]
+    plain = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "What is 2+3?\n"}]
     assert (server.post("/tokenize", messages=parts)["tokens"] == server.post("/tokenize", messages=plain)["tokens"]
             == server.llm.llm.text.encode_chat(plain))
 
@@ -277,6 +277,8 @@ CHAT_MISTAKES = [
     ({"messages": [USER], "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"messages": [USER], "logit_bias": {"x": 1}}, "logit_bias"),
     ({"messages": [USER], "logit_bias": {"999999": 1}}, "logit_bias"),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
+    ({"messages": [{"role": "user", "content": [{"type": "file", "text": ""}]}]}, "messages[0].content[0].type"),
     ({"messages": [USER], "logit_bias": {"1": 101}}, "logit_bias[...]"),
     ({"messages": [USER], "tool_choice": "required"}, "tool_choice"),
     ({"messages": [USER], "tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),

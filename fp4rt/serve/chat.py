@@ -21,8 +21,9 @@ from fp4rt.errors import Fp4rtError
 from fp4rt.serve.completions import token_text, usage_of
 from fp4rt.serve.errors import ApiError
 from fp4rt.serve.protocol import (ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion, ChatLogprobs, ChatRequest,
-                                  JsonObjectFormat, JsonSchemaFormat, Message, Reply, ReplyDelta, ReplyFunction,
-                                  ReplyTool, ReplyToolDelta, TokenLogprob, ToolChoice, ToolDefinition, TopLogprob)
+                                  ContentPart, JsonObjectFormat, JsonSchemaFormat, Message, Reply, ReplyDelta,
+                                  ReplyFunction, ReplyTool, ReplyToolDelta, TokenLogprob, ToolChoice, ToolDefinition,
+                                  TopLogprob)
 from fp4rt.serve.service import Call, Service, make_id, make_sampling, read_body, together
 from fp4rt.serve.stream import Emit, EventStream
 from fp4rt.text import Splitter, Text, Tool, ToolCall, ToolFormat, ToolSplitter
@@ -35,11 +36,7 @@ def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
         one: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role}
         content = message.content
         if isinstance(content, list):
-            for j, part in enumerate(content):
-                if part.type not in ("text", "refusal") or not isinstance(part.text or part.refusal, str):
-                    raise ApiError(400, f"messages[{i}].content[{j}] is of type {part.type!r}; only text is taken, no "
-                                        "images, audio, video or files", f"messages[{i}].content[{j}].type")
-            content = "\n".join(part.text or part.refusal or "" for part in content)
+            content = "\n".join(_said(part, f"messages[{i}].content[{j}]") for j, part in enumerate(content))
         if content is None and message.role != "assistant":
             raise ApiError(400, f"messages[{i}] has no content", f"messages[{i}].content")
         one["content"] = content if content is not None else ""
@@ -53,6 +50,16 @@ def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
                 for j, call in enumerate(message.tool_calls)]
         plain.append(one)
     return plain
+
+
+def _said(part: ContentPart, where: str) -> str:
+    if part.type not in ("text", "refusal"):
+        raise ApiError(400, f"{where} is of type {part.type!r}; only text is taken, no images, audio, video or files",
+                       f"{where}.type")
+    said = getattr(part, part.type)
+    if said is None:
+        raise ApiError(400, f"{where} has no {part.type}", f"{where}.{part.type}")
+    return said
 
 
 def _arguments(text: str, where: str) -> dict[str, Any]:

@@ -29,6 +29,10 @@ from fp4rt.serve.stream import Emit, EventStream
 from fp4rt.text import Splitter, Text, Tool, ToolCall, ToolFormat, ToolSplitter
 
 
+# What a function without "parameters" takes, as OpenAI's API reference says: nothing.
+NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
+
+
 def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Messages as chat templates expect them: a developer is the system, a call's arguments are an object."""
     plain = []
@@ -120,7 +124,8 @@ def make_prompt(service: Service, given: ChatRequest) -> Prompt:
         raise error if error.kind != "request" or error.param else Fp4rtError("request", str(error), named) from None
     except TypeError as error:  # a template argument with the name of one of Python's own
         raise ApiError(400, f"chat_template_kwargs: {error}", "chat_template_kwargs") from None
-    return Prompt(ids, [Tool(tool.function.name, tool.function.parameters or {}) for tool in tools], format)
+    return Prompt(ids, [Tool(tool.function.name, NO_PARAMETERS if tool.function.parameters is None else
+                             tool.function.parameters) for tool in tools], format)
 
 
 def make_grammar(service: Service, given: ChatRequest, prompt: Prompt) -> Grammar | None:

@@ -253,6 +253,8 @@ class Calls:
                 first = ' "," '.join(pairs[key] for key in needed)
                 rest = " ".join(f'("," {pair})?' for key, pair in pairs.items() if key not in needed)
                 return self._rule(f'"{{" {first} {rest} "}}"')
+            case "object" if schema.get("additionalProperties") is False:
+                return '"{}"'
         if not any(rule.startswith("gemma_any:") for rule in self._rules):
             self._rules += [
                 f'gemma_any: {quote} {GEMMA_TEXT} {quote} | {GEMMA_NUMBER} | "true" | "false" | "null" | '

@@ -292,7 +292,9 @@ CHAT_MISTAKES = [
         "enum": ["x" * 999] * 999}}}}, "response_format"),
     ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": {
         "name": "f", "arguments": "["}}]}]}, "messages[0].tool_calls[0].function.arguments"),
-    ({"messages": [USER], "chat_template_kwargs": {"think": 1}}, "chat_template_kwargs"),
+    *(({"messages": [USER], "chat_template_kwargs": {name: 1}}, "chat_template_kwargs")
+      for name in ("think", "messages", "tools", "add_generation_prompt", "bos_token")),
+    ({"messages": [USER], "reasoning_effort": "none"}, "reasoning_effort"),
 ]
 TEXT_MISTAKES = [
     ({}, "prompt"), ({"prompt": []}, "prompt"), ({"prompt": ["x", 1]}, "prompt"), ({"prompt": [[]]}, "prompt"),
@@ -309,6 +311,14 @@ TEXT_MISTAKES = [
 def test_mistakes_name_their_field(server: Running, path: str, body: dict, param: str):
     error = server.refused(path, 400, body)
     assert error["type"] == "invalid_request_error" and error["param"] == param, error
+    assert "Text." not in error["message"] and "/demo/" not in error["message"]  # nothing of the server's insides
+    if path == CHAT and param in ("tools", "chat_template_kwargs", "messages[0].content[0].type"):
+        assert server.refused("/tokenize", 400, body)["param"] == param
+
+
+def test_any_other_variable_may_be_a_templates(server: Running):
+    for name in ("self", "text", "a b"):
+        assert server.post("/tokenize", messages=HELLO, chat_template_kwargs={name: 1})["count"] > 3
 
 
 def test_a_model_without_a_chat_template(tmp_path: Path):

@@ -22,11 +22,11 @@ from fp4rt.serve.completions import token_text, usage_of
 from fp4rt.serve.errors import ApiError
 from fp4rt.serve.protocol import (ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion, ChatLogprobs, ChatRequest,
                                   ContentPart, JsonObjectFormat, JsonSchemaFormat, Message, Reply, ReplyDelta,
-                                  ReplyFunction, ReplyTool, ReplyToolDelta, TokenLogprob, ToolChoice, ToolDefinition,
-                                  TopLogprob)
+                                  ReplyFunction, ReplyTool, ReplyToolDelta, TokenizeRequest, TokenLogprob, ToolChoice,
+                                  ToolDefinition, TopLogprob)
 from fp4rt.serve.service import Call, Service, make_id, make_sampling, read_body, together
 from fp4rt.serve.stream import Emit, EventStream
-from fp4rt.text import Splitter, Text, Tool, ToolCall, ToolFormat, ToolSplitter
+from fp4rt.text import RESERVED, Splitter, Text, Tool, ToolCall, ToolFormat, ToolSplitter
 
 
 # What a function without "parameters" takes, as OpenAI's API reference says: nothing.
@@ -95,35 +95,47 @@ class Prompt:
         return text.tool_splitter(self.ids, self.tools, self.format) if self.format else text.splitter(self.ids)
 
 
-def make_prompt(service: Service, given: ChatRequest) -> Prompt:
-    """The conversation of a request. Takes milliseconds: the chat template runs, in a process of its own."""
-    text, arguments, think = service.text, dict(given.chat_template_kwargs or {}), None
-    tools = given.tools or []
+def encode_chat(service: Service, given: ChatRequest | TokenizeRequest, tools: Sequence[ToolDefinition],
+                **options: Any) -> list[int]:
+    """The ids of a conversation. Takes milliseconds: the chat template runs, in a process of its own.
+
+    Raises ApiError naming the field where the template, or what it is given, is not for this conversation.
+    """
     service.check_chats()
+    if tools and service.text.tool_format() is None:
+        raise ApiError(400, "this model's chat template takes no tools", "tools")
+    arguments = given.chat_template_kwargs or {}
+    if taken := RESERVED & arguments.keys():
+        raise ApiError(400, f"chat_template_kwargs: {', '.join(sorted(taken))} cannot be set there; other fields and the "
+                            "tokenizer do", "chat_template_kwargs")
+    try:
+        return service.text.encode_chat(plain_messages(given.messages), tools=plain_tools(tools) or None,
+                                        **{**arguments, **options})
+    except Fp4rtError as error:
+        if error.kind != "request" or error.param:
+            raise
+        named = "reasoning_effort" if options.get("think") is not None and "think" in str(error) else "messages"
+        raise ApiError(400, str(error).removeprefix(f"{service.text.path}/"), named) from None
+
+
+def make_prompt(service: Service, given: ChatRequest) -> Prompt:
+    """The conversation of a request, as `encode_chat` makes it."""
+    text, tools, options = service.text, given.tools or [], {}
     if given.tool_choice not in (None, "none") and not tools:
         raise ApiError(400, "tool_choice needs tools", "tool_choice")
     if len({tool.function.name for tool in tools}) < len(tools):
         raise ApiError(400, "two tools have the same name", "tools")
     if given.tool_choice == "none":
         tools = []
-    format = text.tool_format() if tools else None
-    if tools and format is None:
-        raise ApiError(400, "this model's chat template takes no tools", "tools")
+    service.check_chats()
     if given.reasoning_effort == "none":
-        think = False
+        options["think"] = False
     elif given.reasoning_effort is not None:
         if "reasoning_effort" not in text.template.interest(bool(tools)).variables:
             raise ApiError(400, "this model's chat template has no reasoning_effort; chat_template_kwargs sets what it "
                                 "has", "reasoning_effort")
-        arguments["reasoning_effort"] = given.reasoning_effort
-    try:
-        ids = text.encode_chat(plain_messages(given.messages), tools=plain_tools(tools) or None, think=think,
-                               **arguments)
-    except Fp4rtError as error:
-        named = "reasoning_effort" if think is not None and "think" in str(error) else "messages"
-        raise error if error.kind != "request" or error.param else Fp4rtError("request", str(error), named) from None
-    except TypeError as error:  # a template argument with the name of one of Python's own
-        raise ApiError(400, f"chat_template_kwargs: {error}", "chat_template_kwargs") from None
+        options["reasoning_effort"] = given.reasoning_effort
+    ids, format = encode_chat(service, given, tools, **options), text.tool_format() if tools else None
     return Prompt(ids, [Tool(tool.function.name, NO_PARAMETERS if tool.function.parameters is None else
                              tool.function.parameters) for tool in tools], format)
 

@@ -86,11 +86,31 @@ def test_echo_and_the_prompts_log_probabilities(server: Running):
         assert told["token_logprobs"][0] is None and told["top_logprobs"][0] is None
         assert all(p <= 0 for p in told["token_logprobs"][1:])
         assert all(len(top) == 2 for top in told["top_logprobs"][1:])
-        assert told["text_offset"] == [sum(map(len, told["tokens"][:i])) for i in range(len(told["tokens"]))]
+        assert told["text_offset"][0] == 0  # the token that the tokenizer puts before a text
+        assert told["text_offset"][1:] == [sum(map(len, told["tokens"][1:i])) for i in range(1, len(told["tokens"]))]
     with fp4rt.load("demo", device="cpu") as llm:
         logits = llm.logits(ids)[:-1].astype(np.float64)
     expected = (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[np.arange(len(ids) - 1), ids[1:]]
     assert np.allclose(told["token_logprobs"][1:len(ids)], expected, atol=1e-2)
+
+
+def test_offsets_are_places_in_the_text(server: Running):
+    """Parts of a character begin where it does; special tokens take room only where the prompt spells them."""
+    spelled = "na\u00efve \U0001f642<|eot_id|> dog"
+    ids = server.llm.llm.encode(spelled)
+    bias = {str(i): 30 for i in server.llm.llm.text.encode("\U0001f642\u00ef x", add_special=False)}
+    for prompt, echoed in ((spelled, spelled), (ids, spelled.replace("<|eot_id|>", ""))):
+        choice, = server.post(TEXT, prompt=prompt, max_tokens=40, echo=True, logprobs=0, temperature=2, seed=1,
+                              logit_bias=bias, ignore_eos=True)["choices"]
+        text, tokens, offsets = choice["text"], choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]
+        assert text.startswith(echoed) and offsets == sorted(offsets)
+        assert any(token.startswith("bytes:") for token in tokens[len(ids):])
+        for token, offset in zip(tokens, offsets, strict=True):
+            if token.startswith("bytes:"):
+                assert not text[offset].isascii()
+            elif not token.startswith("<|"):
+                assert text.startswith(token, offset), (token, offset)
+        assert offsets[tokens.index("<|eot_id|>")] == len("na\u00efve \U0001f642")
 
 
 def test_continuations_are_scored_as_lm_eval_does(server: Running):

@@ -106,8 +106,8 @@ def encode_chat(service: Service, given: ChatRequest | TokenizeRequest, tools: S
         raise ApiError(400, "this model's chat template takes no tools", "tools")
     arguments = given.chat_template_kwargs or {}
     if taken := RESERVED & arguments.keys():
-        raise ApiError(400, f"chat_template_kwargs: {', '.join(sorted(taken))} cannot be set there; other fields and the "
-                            "tokenizer do", "chat_template_kwargs")
+        raise ApiError(400, f"chat_template_kwargs: {', '.join(sorted(taken))} cannot be set there; other fields and "
+                            "the tokenizer do", "chat_template_kwargs")
     try:
         return service.text.encode_chat(plain_messages(given.messages), tools=plain_tools(tools) or None,
                                         **{**arguments, **options})

@@ -91,7 +91,7 @@ class PromptTokensDetails(Response):
 
 
 class CompletionLogprobs(Response):
-    text_offset: list[int]
+    text_offset: Annotated[list[int], Meta(description="Where in the text each token begins, in characters.")]
     token_logprobs: list[float | None]
     tokens: list[str]
     top_logprobs: list[dict[str, float] | None]

@@ -227,6 +227,17 @@ def test_a_closed_pipe_is_silent():
     assert child.stderr.read() == b"" and child.wait(60) == 1
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("rest", [["Hello"], ["--input-file", "-", "--output-file", "-"],
+                                  ["--input-file", "-", "--output-file", "/dev/full"]])
+def test_a_full_disk_is_one_line(rest: list[str]):
+    with open("/dev/full", "wb") as full:
+        child = spawn("generate", CHECKPOINT, *rest, "-q", *ON, "--max-tokens", "3", stdin=subprocess.PIPE, stdout=full,
+                      stderr=subprocess.PIPE)
+        _, said = child.communicate(b'{"prompt": [1]}\n', 60)
+    assert said == b"error: the output cannot be written (No space left on device)\n" and child.returncode == 1
+
+
 def test_ctrl_c_ends_generate_with_130():
     child = spawn("generate", CHECKPOINT, "Hello", "-q", *ON, "--ignore-eos", "--max-tokens", "1500",
                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)

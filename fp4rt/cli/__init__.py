@@ -6,6 +6,7 @@ A new command is a new file <name>.py that exposes a click command as `command` 
 
 from __future__ import annotations
 
+import errno
 import pkgutil
 import sys
 from importlib import import_module
@@ -15,6 +16,9 @@ import click
 
 from fp4rt import __version__
 from fp4rt.errors import Fp4rtError
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a disk says that takes no more
 
 
 class Failure(click.ClickException):
@@ -56,6 +60,8 @@ class Commands(click.Group):
         """One line for any exception; what no code of fp4rt raises on purpose says how to learn more."""
         if isinstance(error, Fp4rtError):
             return str(error)
+        if isinstance(error, OSError) and error.errno in FULL:
+            return f"{error.filename or 'the output'} cannot be written ({error.strerror})"
         if isinstance(error, MemoryError):
             return f"not enough memory ({error})" if str(error) else "not enough memory"
         return f"unexpected {type(error).__name__}: {error} (fp4rt --traceback ... shows where)"

@@ -21,6 +21,7 @@ from fp4rt.serve.front import Front, event
 from fp4rt.serve.service import Service
 
 MAX_HEADER_BYTES = 32 << 10
+PIECE = 8 << 10            # given to h11 at once, which bounds what is not whole, not what came whole in one read
 MAX_CONNECTIONS = 1024
 HEADER_SECONDS = 10        # for a request line and its headers, from the first byte or from connecting
 KEEP_ALIVE_SECONDS = 30    # between a response and the next request
@@ -43,9 +44,10 @@ class Protocol(H11Protocol):
         self._headers = self.loop.call_later(HEADER_SECONDS, self._abort)
 
     def data_received(self, data: bytes) -> None:
-        if self.transport.is_closing():
-            return
-        super().data_received(data)
+        for begin in range(0, len(data), PIECE):
+            if self.transport.is_closing():
+                return
+            super().data_received(data[begin:begin + PIECE])
         if self.conn.their_state is not h11.IDLE:
             self._stop_headers()
         elif self._headers is None and self.timeout_keep_alive_task is None:  # a next request has begun

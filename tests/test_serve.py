@@ -473,6 +473,13 @@ def test_slow_clients_are_let_go(server: Running, monkeypatch: pytest.MonkeyPatc
         sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
                      b"Content-Length: 100\r\n\r\n{")
         assert sock.recv(100).startswith(b"HTTP/1.1 408")
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as sock:  # answered, and sends on and on
+        sock.sendall(b"POST /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n")
+        assert sock.recv(1000).startswith(b"HTTP/1.1 404")
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            for _ in range(100):
+                sock.sendall(b"x")
+                time.sleep(0.05)
 
 
 def test_a_huge_prompt_holds_up_nobody(server: Running, monkeypatch: pytest.MonkeyPatch):

@@ -151,7 +151,8 @@ def test_a_forced_call_is_one_that_is_read_again(tmp_path: Path, form: str):
 @pytest.mark.parametrize("schema", [
     {"type": "frog"}, {"type": "string", "pattern": "(a|b"}, {"$ref": "#/nowhere"}, {"allOf": [{"if": True}]},
     {"type": "object", "properties": []}, {"type": "array", "minItems": -1}, {"enum": "x"},
-    {"type": "string", "pattern": "x" * 200_000}])
+    {"type": "string", "pattern": "x" * 200_000}, {"$ref": "#"},
+    {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}])
 def test_bad_schemas_are_refused(plain: Text, schema: dict):
     with pytest.raises(Fp4rtError) as caught:
         Grammars(plain, VOCAB).of_schema(schema, None, "response_format")

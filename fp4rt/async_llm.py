@@ -217,7 +217,12 @@ class AsyncLLM:
     @classmethod
     def load(cls, model: str, *, max_queue: int = 1024, **options: Any) -> AsyncLLM:
         """As fp4rt.load, which takes the same options."""
-        return cls(load(model, **options), max_queue=max_queue)
+        llm = load(model, **options)
+        try:
+            return cls(llm, max_queue=max_queue)
+        except BaseException:
+            llm.close()
+            raise
 
     def submit(self, ids: SequenceOf[int], sampling: Sampling | None = None, *, request_id: str | None = None,
                cache_salt: str = "", logprobs: int | None = None, prompt_logprobs: bool = False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -205,6 +206,17 @@ def test_what_breaks_ends_its_own_request_only():
             await idle(llm)
 
     asyncio.run(main())
+
+
+def test_what_cannot_be_served_is_closed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """A tokenizer that cannot be read shows once the weights are loaded; their memory is given back."""
+    closed = []
+    monkeypatch.setattr(fp4rt.LLM, "close", lambda llm: closed.append(llm))
+    shutil.copytree(CHECKPOINT, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    with pytest.raises(fp4rt.Fp4rtError, match="tokenizer"):
+        fp4rt.AsyncLLM.load(tmp_path / "model", device="cpu", max_model_len=64)
+    assert len(closed) == 1
 
 
 def test_refusals(device: str):

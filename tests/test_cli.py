@@ -1,5 +1,6 @@
 """The command line: text on stdout and nothing else there, one line for every failure, and fast to say what it can."""
 
+import ctypes
 import fcntl
 import json
 import os
@@ -236,6 +237,21 @@ def test_a_full_disk_is_one_line(rest: list[str]):
                       stderr=subprocess.PIPE)
         _, said = child.communicate(b'{"prompt": [1]}\n', 60)
     assert said == b"error: the output cannot be written (No space left on device)\n" and child.returncode == 1
+
+
+def test_an_interrupt_where_c_code_calls_back_is_kept(monkeypatch):
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    def stream(self, prompt, sampling):
+        ctypes.CFUNCTYPE(None)(interrupted)()
+        for _ in range(500):
+            time.sleep(0.01)
+            yield "on and on "
+
+    monkeypatch.setattr(LLM, "stream", stream)
+    result = run("generate", CHECKPOINT, "x", "-q", *ON)
+    assert result.exit_code == 130 and not result.stderr.strip()
 
 
 def test_ctrl_c_ends_generate_with_130():

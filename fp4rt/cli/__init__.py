@@ -6,9 +6,13 @@ A new command is a new file <name>.py that exposes a click command as `command` 
 
 from __future__ import annotations
 
+import _thread
 import errno
 import pkgutil
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -30,6 +34,29 @@ class Failure(click.ClickException):
         click.echo("error: " + " ".join(self.message.split()), file=file or sys.stderr)
 
 
+@contextmanager
+def interrupts_kept() -> Iterator[None]:
+    """Where C code calls back, an exception goes no further: an interrupt that falls there is tried again.
+
+    LLVM calls back when it has compiled, and what came while it did is noticed then.
+    """
+    before = sys.unraisablehook
+
+    def hook(dropped: Any) -> None:
+        if not issubclass(dropped.exc_type, KeyboardInterrupt):
+            before(dropped)
+            return
+        again = threading.Timer(0.02, _thread.interrupt_main)
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
 class Commands(click.Group):
     """The modules beside this one, as commands; and one line instead of a traceback for whatever they raise."""
 
@@ -44,7 +71,8 @@ class Commands(click.Group):
             if hasattr(stream, "reconfigure"):  # a character the terminal cannot show must not end the program
                 stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "replace")
         try:
-            return super().invoke(ctx)
+            with interrupts_kept():
+                return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
             raise  # a closed pipe ends silently, which click sees to
         except (KeyboardInterrupt, click.Abort):

@@ -239,6 +239,12 @@ def test_a_full_disk_is_one_line(rest: list[str]):
     assert said == b"error: the output cannot be written (No space left on device)\n" and child.returncode == 1
 
 
+def test_nobody_need_listen_to_stderr():
+    child = spawn("generate", CHECKPOINT, "Hello", *ON, "--max-tokens", "3", stdout=subprocess.PIPE,
+                  preexec_fn=lambda: os.close(2))
+    assert child.communicate(timeout=60)[0] and child.returncode == 0
+
+
 def test_an_interrupt_where_c_code_calls_back_is_kept(monkeypatch):
     def interrupted() -> None:
         raise KeyboardInterrupt

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import _thread
 import errno
+import os
 import pkgutil
 import sys
 import threading
@@ -67,6 +68,8 @@ class Commands(click.Group):
         return import_module(f"{__name__}.{name}").command if name in self.list_commands(ctx) else None
 
     def invoke(self, ctx: click.Context) -> Any:
+        if sys.stderr is None:  # started without one: what it would say is for nobody
+            sys.stderr = open(os.devnull, "w")
         for stream in (sys.stdin, sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):  # a character the terminal cannot show must not end the program
                 stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "replace")

@@ -150,7 +150,7 @@ class Request:
         self.first_token = self.first_token or now
         said = self._said(self._decoder.push(sequence, token))
         if sequence.finish_reason:
-            rest = self._said(self._decoder.finish())
+            rest = self._said(self._decoder.finish(sequence))
             said = {kind: said[kind] + rest[kind] for kind in said}
             self._end(self._delta(said, [token], sequence.finish_reason))
         else:

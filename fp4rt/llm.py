@@ -283,7 +283,7 @@ class LLM:
         outputs = []
         for one in sequences:
             said = {"answer": "", "reasoning": ""}
-            for kind, text in [*pieces[id(one)], *texts[id(one)].finish()]:
+            for kind, text in [*pieces[id(one)], *texts[id(one)].finish(one)]:
                 said[kind] += text
             outputs.append(Output(one.generated, said["answer"], said["reasoning"], one.finish_reason,
                                   one.prompt_length))
@@ -294,7 +294,7 @@ class LLM:
         decoder = self.decoder(sequence, splitter)
         for _, token in self._run([sequence]):
             yield from decoder.push(sequence, token)
-        yield from decoder.finish()
+        yield from decoder.finish(sequence)
 
     def decoder(self, sequence: Sequence, splitter: Splitter | None) -> TextOut:
         """What makes text of a sequence's tokens. Raises Fp4rtError for stop strings without a tokenizer."""
@@ -383,11 +383,13 @@ class TextOut:
             sequence.finish_reason = "stop"
         return pieces
 
-    def finish(self) -> list[Piece]:
+    def finish(self, sequence: Sequence) -> list[Piece]:
         if self.stream is None or self.stops.found:
             return []
         text = self.stream.finish()
         pieces = self._until_stop(self.splitter.finish(text) if self.splitter else [("answer", text)])
+        if self.stops.found:  # in what was held back
+            sequence.finish_reason = "stop"
         rest = self.stops.finish()
         return [*pieces, ("answer", rest)] if rest else pieces
 

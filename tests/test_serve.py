@@ -158,6 +158,9 @@ def test_seeds_stops_biases_and_penalties(server: Running):
     assert text(logit_bias={str(token): 100}, max_tokens=3, **GREEDY) == " dog dog dog"
     assert text(top_k=1, temperature=1) == plain
     assert text(frequency_penalty=2, **GREEDY) != plain
+    partial = server.llm.llm.text.encode("\U0001f642", add_special=False)[0]  # a byte that begins a character
+    held = server.post(TEXT, prompt="x", max_tokens=1, stop=["\ufffd"], logit_bias={str(partial): 100}, **GREEDY)
+    assert (held["choices"][0]["text"], held["choices"][0]["finish_reason"]) == ("", "stop")
 
 
 # -- Chat -----------------------------------------------------------------------------------------------------------

@@ -269,9 +269,10 @@ class AsyncLLM:
 
     def stats(self) -> Stats:
         """What the engine is doing now (any thread)."""
-        if self.llm.closed:
+        try:
+            engine = self.llm.engine
+        except Fp4rtError:  # closed
             return Stats(finished=dict(self._finished))
-        engine = self.llm.engine
         scheduler, cache = engine.scheduler, engine.cache
         running = len(scheduler.running)
         return Stats(running, max(0, len(self._requests) - running), sum(cache.num_pages), cache.pages_in_use,

@@ -163,18 +163,12 @@ class LLM:
             *([ops.notice] if ops.notice else [])]
 
     @property
-    def closed(self) -> bool:
-        return self._engine is None
-
-    @property
     def engine(self) -> Engine:
         """What runs the sequences. Raises Fp4rtError once this LLM is closed."""
-        self._check_open()
-        return self._engine
-
-    def _check_open(self) -> None:
-        if self._engine is None:
+        engine = self._engine  # another thread may close it now
+        if engine is None:
             raise Fp4rtError("request", "this LLM is closed")
+        return engine
 
     # -- Text ---------------------------------------------------------------------------------------------------
 
@@ -185,7 +179,7 @@ class LLM:
     @property
     def text(self) -> Text:
         """Tokenizer, chat template and stop ids. Raises Fp4rtError where the checkpoint has no tokenizer."""
-        self._check_open()
+        self.engine  # raises once it is closed
         if self._text is None:
             self._text = Text(self.checkpoint.path, self.checkpoint.config)
         return self._text
@@ -324,7 +318,7 @@ class LLM:
         try:
             while True:
                 with self._working:
-                    self._check_open()
+                    self.engine  # raises once it is closed
                     event = next(events, None)
                 if event is None:
                     return
@@ -336,7 +330,7 @@ class LLM:
     @contextmanager
     def turn(self) -> Iterator[None]:
         """One call at a time; a second one from the same thread would wait for itself, so it is refused."""
-        self._check_open()
+        self.engine  # raises once it is closed
         if self._owner == threading.get_ident():
             raise Fp4rtError("request", "a stream of this LLM is still open in this thread; finish or close it first")
         with self._lock:

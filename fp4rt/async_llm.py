@@ -91,7 +91,10 @@ class _Bell:
 
 
 class Request:
-    """One request on its way: iterate over it once for its deltas. Leaving the loop, or dropping it, cancels it."""
+    """One request on its way: iterate over it for its deltas. Leaving the loop, or dropping it, cancels it.
+
+    Each delta comes once: who iterates again gets what is left, after the last one nothing.
+    """
 
     def __init__(self, owner: AsyncLLM, sequence: Sequence, decoder: Any, request_id: str | None, bell: _Bell):
         self.id, self.sequence = request_id, sequence
@@ -100,7 +103,8 @@ class Request:
         self._ready: deque[Delta | Fp4rtError] = deque()
         self._wake = asyncio.Event()
         self._told = 0  # tokens whose log-probabilities have been handed on
-        self._ended = False
+        self._ended = False  # nothing more is handed over
+        self._taken = False  # nor is anything left
 
     def cancel(self) -> None:
         """End it at the next step (any thread); what it holds is free then. Nothing happens if it has ended."""
@@ -116,15 +120,17 @@ class Request:
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         try:
-            while True:
+            while not self._taken:
                 while self._ready:
                     delta = self._ready.popleft()
                     if isinstance(delta, Fp4rtError):
+                        self._taken = True
                         raise delta
                     while self._ready and isinstance(self._ready[0], Delta):
                         delta = delta.then(self._ready.popleft())
+                    self._taken = delta.finish_reason is not None
                     yield delta
-                    if delta.finish_reason:
+                    if self._taken:
                         return
                 self._wake.clear()
                 if not self._ready:
@@ -144,7 +150,7 @@ class Request:
         self.first_token = self.first_token or now
         said = self._said(self._decoder.push(sequence, token))
         if sequence.finish_reason:
-            rest = self._said(self._decoder.finish())
+            rest = self._said(self._decoder.finish(sequence))
             said = {kind: said[kind] + rest[kind] for kind in said}
             self._end(self._delta(said, [token], sequence.finish_reason))
         else:
@@ -211,7 +217,12 @@ class AsyncLLM:
     @classmethod
     def load(cls, model: str, *, max_queue: int = 1024, **options: Any) -> AsyncLLM:
         """As fp4rt.load, which takes the same options."""
-        return cls(load(model, **options), max_queue=max_queue)
+        llm = load(model, **options)
+        try:
+            return cls(llm, max_queue=max_queue)
+        except BaseException:
+            llm.close()
+            raise
 
     def submit(self, ids: SequenceOf[int], sampling: Sampling | None = None, *, request_id: str | None = None,
                cache_salt: str = "", logprobs: int | None = None, prompt_logprobs: bool = False,
@@ -224,8 +235,8 @@ class AsyncLLM:
         Raises Fp4rtError "request" (with .param) or "overload".
         """
         self._check_open()
-        if logprobs is not None and not 0 <= logprobs <= MAX_LOGPROBS:
-            raise Fp4rtError("request", f"logprobs is {logprobs}; it must be 0 to {MAX_LOGPROBS}", param="logprobs")
+        if logprobs is not None and not (type(logprobs) is int and 0 <= logprobs <= MAX_LOGPROBS):
+            raise Fp4rtError("request", f"logprobs is {logprobs!r}; it must be 0 to {MAX_LOGPROBS}", param="logprobs")
         sequence = self.llm.sequence(self.llm.encode(ids), sampling, index)
         sequence.cache_salt, sequence.grammar = cache_salt, grammar
         sequence.top_logprobs = logprobs
@@ -258,8 +269,9 @@ class AsyncLLM:
 
     def stats(self) -> Stats:
         """What the engine is doing now (any thread)."""
-        engine = self.llm.engine
-        if engine is None:
+        try:
+            engine = self.llm.engine
+        except Fp4rtError:  # closed
             return Stats(finished=dict(self._finished))
         scheduler, cache = engine.scheduler, engine.cache
         running = len(scheduler.running)

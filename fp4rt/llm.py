@@ -15,7 +15,7 @@ import numpy as np
 from fp4rt.batch import PAGE_TOKENS
 from fp4rt.checkpoint import Checkpoint, read_json
 from fp4rt.engine import Engine, Sequence
-from fp4rt.errors import Fp4rtError
+from fp4rt.errors import Fp4rtError, shown
 from fp4rt.loading import Loader
 from fp4rt.models import load_model, read_config
 from fp4rt.ops import Ops
@@ -129,11 +129,15 @@ def load(model: str | Path, *, device: str = "auto", arch: str | None = None, ma
 
 
 class LLM:
-    """A loaded model. A context manager; `close()` gives all memory back. Calls from several threads take turns."""
+    """A loaded model. A context manager; `close()` gives all memory back. Calls from several threads take turns.
+
+    A process that is forked off cannot use it: load one there, after a spawn.
+    """
 
     def __init__(self, checkpoint: Checkpoint, ops: Ops, loader: Loader, engine: Engine, context: int,
                  workspace: int, load_seconds: float):
-        self.checkpoint, self.ops, self.engine = checkpoint, ops, engine
+        self.checkpoint, self.ops = checkpoint, ops
+        self._engine: Engine | None = engine
         self.max_model_len = context
         self.load_seconds, self.workspace_bytes = load_seconds, workspace
         self.step_bytes, self.token_flops, self.linears = loader.step_bytes, loader.token_flops, loader.linears
@@ -143,6 +147,8 @@ class LLM:
         self.generation_config = read_json(path) if path.is_file() else {}
         self._text: Text | None = None
         self._lock, self._owner = threading.Lock(), None
+        # Held while the engine works for a call, not while a stream waits to go on; a finalizer may come in between.
+        self._working = threading.RLock()
         cache = engine.cache
         room = f"{context} tokens" if cache.tokens < context + PAGE_TOKENS else (
             f"{cache.tokens} tokens, {context} of one sequence at most")
@@ -156,6 +162,14 @@ class LLM:
                f"{cache.plan.slot_bytes / 1e6:.1f} MB each, counted with the K/V"] if cache.plan.slot_bytes else []),
             *([ops.notice] if ops.notice else [])]
 
+    @property
+    def engine(self) -> Engine:
+        """What runs the sequences. Raises Fp4rtError once this LLM is closed."""
+        engine = self._engine  # another thread may close it now
+        if engine is None:
+            raise Fp4rtError("request", "this LLM is closed")
+        return engine
+
     # -- Text ---------------------------------------------------------------------------------------------------
 
     @property
@@ -165,6 +179,7 @@ class LLM:
     @property
     def text(self) -> Text:
         """Tokenizer, chat template and stop ids. Raises Fp4rtError where the checkpoint has no tokenizer."""
+        self.engine  # raises once it is closed
         if self._text is None:
             self._text = Text(self.checkpoint.path, self.checkpoint.config)
         return self._text
@@ -174,6 +189,9 @@ class LLM:
         if isinstance(prompt, str):
             return self.text.encode(prompt)
         vocab = self.engine.model.config.vocab_size
+        if isinstance(prompt, (bytes, bytearray)) or not isinstance(prompt, Iterable):
+            raise Fp4rtError("request", f"a prompt is {shown(prompt)}; it must be text or token ids", param="prompt")
+        prompt = list(prompt)
         ids = [int(i) if isinstance(i, (int, np.integer)) and not isinstance(i, bool) else -1 for i in prompt]
         for given, i in zip(prompt, ids):
             if not 0 <= i < vocab:
@@ -185,7 +203,8 @@ class LLM:
 
     def generate(self, prompt: Prompt | SequenceOf[Prompt], sampling: Sampling | None = None) -> list[Output]:
         """Continue a prompt (text or ids) or several together; one Output for each, in their order."""
-        prompts = [prompt] if isinstance(prompt, str) or _is_ids(prompt) else list(prompt)
+        single = isinstance(prompt, str) or _is_ids(prompt) or not isinstance(prompt, Iterable)
+        prompts = [prompt] if single else list(prompt)
         if not prompts:
             raise Fp4rtError("request", "no prompt was given")
         return self._collect([self.sequence(self.encode(one), sampling, i) for i, one in enumerate(prompts)])
@@ -219,7 +238,7 @@ class LLM:
         """float32 [len(ids), vocab_size]: the next-token logits at every position."""
         ids = self.encode(ids)
         self._check_length(ids)
-        with self.turn():
+        with self.turn(), self._working:
             return self.engine.logits(ids)
 
     def sequence(self, ids: list[int], sampling: Sampling | None, index: int = 0) -> Sequence:
@@ -258,7 +277,7 @@ class LLM:
         outputs = []
         for one in sequences:
             said = {"answer": "", "reasoning": ""}
-            for kind, text in [*pieces[id(one)], *texts[id(one)].finish()]:
+            for kind, text in [*pieces[id(one)], *texts[id(one)].finish(one)]:
                 said[kind] += text
             outputs.append(Output(one.generated, said["answer"], said["reasoning"], one.finish_reason,
                                   one.prompt_length))
@@ -269,7 +288,7 @@ class LLM:
         decoder = self.decoder(sequence, splitter)
         for _, token in self._run([sequence]):
             yield from decoder.push(sequence, token)
-        yield from decoder.finish()
+        yield from decoder.finish(sequence)
 
     def decoder(self, sequence: Sequence, splitter: Splitter | None) -> TextOut:
         """What makes text of a sequence's tokens. Raises Fp4rtError for stop strings without a tokenizer."""
@@ -281,7 +300,7 @@ class LLM:
         """The engine's events for these sequences, timed, one caller at a time."""
         with self.turn():
             timing = self.timing = Timing(time.perf_counter())
-            for sequence, token in self.engine.run(sequences):
+            for sequence, token in self._events(sequences):
                 timing.finished = time.perf_counter()
                 timing.first_token = timing.first_token or timing.finished
                 timing.generated_tokens += 1
@@ -293,11 +312,25 @@ class LLM:
                     timing.prefilled, timing.decoded_tokens = timing.finished, 0
                 yield sequence, token
 
+    def _events(self, sequences: list[Sequence]) -> Iterator[tuple[Sequence, int]]:
+        """The engine's events. Raises Fp4rtError where this LLM is closed between two of them."""
+        events = self.engine.run(sequences)
+        try:
+            while True:
+                with self._working:
+                    self.engine  # raises once it is closed
+                    event = next(events, None)
+                if event is None:
+                    return
+                yield event
+        finally:
+            with self._working:
+                events.close()
+
     @contextmanager
     def turn(self) -> Iterator[None]:
         """One call at a time; a second one from the same thread would wait for itself, so it is refused."""
-        if self.engine is None:
-            raise Fp4rtError("request", "this LLM is closed")
+        self.engine  # raises once it is closed
         if self._owner == threading.get_ident():
             raise Fp4rtError("request", "a stream of this LLM is still open in this thread; finish or close it first")
         with self._lock:
@@ -308,12 +341,14 @@ class LLM:
                 self._owner = None
 
     def close(self) -> None:
-        """Give all memory back. The LLM cannot be used afterwards; closing twice is fine."""
+        """Give all memory back. Calls that are not done, and streams that are open, end with an Fp4rtError when they
+        go on; closing twice is fine."""
+        with self._working:
+            if self._engine is not None:
+                self._engine = None
+                self.ops.close()
         if self._text is not None:
             self._text.close()
-        if self.engine is not None:
-            self.engine = None
-            self.ops.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -342,11 +377,13 @@ class TextOut:
             sequence.finish_reason = "stop"
         return pieces
 
-    def finish(self) -> list[Piece]:
+    def finish(self, sequence: Sequence) -> list[Piece]:
         if self.stream is None or self.stops.found:
             return []
         text = self.stream.finish()
         pieces = self._until_stop(self.splitter.finish(text) if self.splitter else [("answer", text)])
+        if self.stops.found:  # in what was held back
+            sequence.finish_reason = "stop"
         rest = self.stops.finish()
         return [*pieces, ("answer", rest)] if rest else pieces
 

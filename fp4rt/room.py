@@ -38,7 +38,8 @@ def parse_size(size: int | str | None) -> int | None:
 
 def check_context(max_model_len: int | None, longest: int) -> None:
     """Raises Fp4rtError("request") for a context that a model of `longest` tokens cannot have."""
-    if max_model_len is not None and not (isinstance(max_model_len, int) and 1 <= max_model_len <= longest):
+    if max_model_len is not None and not (isinstance(max_model_len, int) and not isinstance(max_model_len, bool)
+                                          and 1 <= max_model_len <= longest):
         raise Fp4rtError("request", f"max_model_len is {max_model_len!r}; this model takes 1 to {longest} tokens")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,24 @@ def test_requests_that_are_dropped_end(device: str):
     asyncio.run(main())
 
 
+def test_whoever_iterates_again_gets_what_is_left():
+    async def main() -> None:
+        with fp4rt.AsyncLLM.load(CHECKPOINT, device="cpu", max_model_len=512) as llm:
+            over = llm.submit([5, 6, 7], greedy(3))
+            assert (await collect(over))[2] == "length"
+            left = llm.submit([5, 6, 7], greedy(400))
+            async for _ in left:
+                break
+            assert (await collect(left))[2] == "cancelled"
+            failed = llm.submit([5, 6, 7], greedy(3), grammar=object())
+            with pytest.raises(fp4rt.Fp4rtError, match="grammar"):
+                await collect(failed)
+            for request in (over, left, failed):
+                assert [delta async for delta in request] == []
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
 def test_a_reader_that_is_behind_gets_several_tokens_at_once(device: str):
     async def main() -> None:
         with fp4rt.AsyncLLM.load(CHECKPOINT, device=device, max_model_len=512) as llm:
@@ -189,15 +208,27 @@ def test_what_breaks_ends_its_own_request_only():
     asyncio.run(main())
 
 
+def test_what_cannot_be_served_is_closed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """A tokenizer that cannot be read shows once the weights are loaded; their memory is given back."""
+    closed = []
+    monkeypatch.setattr(fp4rt.LLM, "close", lambda llm: closed.append(llm))
+    shutil.copytree(CHECKPOINT, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    with pytest.raises(fp4rt.Fp4rtError, match="tokenizer"):
+        fp4rt.AsyncLLM.load(tmp_path / "model", device="cpu", max_model_len=64)
+    assert len(closed) == 1
+
+
 def test_refusals(device: str):
     async def main() -> None:
         llm = fp4rt.AsyncLLM.load(CHECKPOINT, device=device, max_model_len=64, max_num_seqs=1, max_queue=2)
         with llm:
             with pytest.raises(fp4rt.Fp4rtError, match="64"):
                 llm.submit([1] * 64)
-            with pytest.raises(fp4rt.Fp4rtError, match="logprobs") as caught:
-                llm.submit([1], logprobs=21)
-            assert caught.value.param == "logprobs"
+            for logprobs in (21, -1, "1", 1.0, True):
+                with pytest.raises(fp4rt.Fp4rtError, match="logprobs") as caught:
+                    llm.submit([1], logprobs=logprobs)
+                assert caught.value.param == "logprobs"
             held = [llm.submit([1, 2], greedy(60)) for _ in range(2)]
             with pytest.raises(fp4rt.Fp4rtError, match="waiting") as caught:
                 for _ in range(3):

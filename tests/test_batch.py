@@ -66,7 +66,8 @@ def test_a_bad_line_says_why_and_stops_no_other(tmp_path: Path):
            ({"prompt": "x", "top_p": 7, "id": "p"}, "top_p is 7"), ({"prompt": "x", "seed": "a"}, "seed is 'a'"),
            ({"messages": "x"}, "messages must be a list"), ({"messages": [{"role": "user", "content": 5}]}, "[0]"),
            ({"prompt": "x", "think": True}, "belong to a chat"), ("[" * 100000, "is not JSON"),
-           ("1" * 5000, "is not JSON"), ({"prompt": "\ud800"}, "not valid Unicode")]
+           ("1" * 5000, "is not JSON"), ('{"prompt": [1], "id": NaN}', "is not JSON"),
+           ({"prompt": "\ud800"}, "not valid Unicode")]
     result, answers = run(tmp_path, [*(line for line, _ in bad), {"prompt": [1]}])
     assert len(answers) == len(bad) + 1
     for (line, words), answer in zip(bad, answers):

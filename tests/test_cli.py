@@ -1,5 +1,6 @@
 """The command line: text on stdout and nothing else there, one line for every failure, and fast to say what it can."""
 
+import ctypes
 import fcntl
 import json
 import os
@@ -225,6 +226,38 @@ def test_a_closed_pipe_is_silent():
     child.stdout.read(1)
     child.stdout.close()
     assert child.stderr.read() == b"" and child.wait(60) == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("rest", [["Hello"], ["--input-file", "-", "--output-file", "-"],
+                                  ["--input-file", "-", "--output-file", "/dev/full"]])
+def test_a_full_disk_is_one_line(rest: list[str]):
+    with open("/dev/full", "wb") as full:
+        child = spawn("generate", CHECKPOINT, *rest, "-q", *ON, "--max-tokens", "3", stdin=subprocess.PIPE, stdout=full,
+                      stderr=subprocess.PIPE)
+        _, said = child.communicate(b'{"prompt": [1]}\n', 60)
+    assert said == b"error: the output cannot be written (No space left on device)\n" and child.returncode == 1
+
+
+def test_nobody_need_listen_to_stderr():
+    child = spawn("generate", CHECKPOINT, "Hello", *ON, "--max-tokens", "3", stdout=subprocess.PIPE,
+                  preexec_fn=lambda: os.close(2))
+    assert child.communicate(timeout=60)[0] and child.returncode == 0
+
+
+def test_an_interrupt_where_c_code_calls_back_is_kept(monkeypatch):
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    def stream(self, prompt, sampling):
+        ctypes.CFUNCTYPE(None)(interrupted)()
+        for _ in range(500):
+            time.sleep(0.01)
+            yield "on and on "
+
+    monkeypatch.setattr(LLM, "stream", stream)
+    result = run("generate", CHECKPOINT, "x", "-q", *ON)
+    assert result.exit_code == 130 and not result.stderr.strip()
 
 
 def test_ctrl_c_ends_generate_with_130():

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import errno
 import mmap
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from cases import ATTENTION, KINDS, LINEAR, AttentionCase, LinearCase, make_batch, make_weight
+from numba.core import caching
 
 from fp4rt.errors import Fp4rtError
 from fp4rt.formats.fp8 import E4M3
@@ -305,6 +308,25 @@ def test_the_environment_is_left_alone():
 def test_free_memory_is_known_and_less_than_all(ops):
     free = ops.free_memory()
     assert free is None or 0 < free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_code_runs_where_it_cannot_be_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """On a disk that is full, and where a file has the name of the cache's directory."""
+    monkeypatch.setattr(runtime, "_CACHE", tmp_path / "numba")
+    tried = []
+
+    def full(*_: object) -> None:
+        tried.append(True)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(caching.IndexDataCacheFile, "_save_data", full)
+
+    def successor(number):
+        return number + 1
+
+    assert runtime.compiled()(successor)(1) == 2 and tried
+    (tmp_path / "file").touch()
+    runtime._write(tmp_path / "file" / "numba" / "emit.o", b"code")
 
 
 @pytest.mark.skipif(runtime.TIER == "portable" or "NUMBA_CPU_NAME" in os.environ, reason="runs from a wider processor")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -83,6 +85,49 @@ def test_pages_are_free_after_an_abandoned_stream(llm: fp4rt.LLM):
     stream.close()
     assert llm.engine.cache.empty
     assert llm.generate([5, 6, 7], greedy(3))[0].finish_reason == "length"
+
+
+def test_what_is_asked_of_a_closed_model_ends_with_an_error():
+    """Calls, a stream that was open, and a call that another thread was in."""
+    loaded = fp4rt.load(CHECKPOINT, device="cpu", max_model_len=1024)
+    ended = []
+
+    def generate() -> None:
+        with pytest.raises(fp4rt.Fp4rtError, match="closed") as caught:
+            loaded.generate([[5, 6, 7]] * 4, greedy(1000))
+        ended.append(caught.value)
+
+    thread = threading.Thread(target=generate)
+    thread.start()
+    while thread.is_alive() and not loaded.timing.generated_tokens:
+        time.sleep(0.001)
+    loaded.close()
+    thread.join(30)
+    assert ended
+    for ask in (lambda: loaded.generate([1, 2]), lambda: next(loaded.stream([1, 2])), lambda: loaded.encode("one"),
+                lambda: loaded.encode([1]), lambda: loaded.logits([1]), lambda: loaded.sequence([1], None),
+                lambda: loaded.chat([{"role": "user", "content": "one"}]), lambda: next(loaded.session().send("one"))):
+        with pytest.raises(fp4rt.Fp4rtError, match="this LLM is closed"):
+            ask()
+    with fp4rt.load(CHECKPOINT, device="cpu", max_model_len=64) as loaded:
+        stream = loaded.stream([5, 6, 7], greedy(50))
+        next(stream)
+    with pytest.raises(fp4rt.Fp4rtError, match="this LLM is closed"):
+        next(stream)
+    loaded.close()
+
+
+@pytest.mark.parametrize("prompt", [None, 5, 1.5, b"one", [1.5], ["one", 5], [None], [True], np.ones(2)])
+def test_what_is_no_prompt_is_refused(llm: fp4rt.LLM, prompt):
+    with pytest.raises(fp4rt.Fp4rtError, match="token ids") as caught:
+        llm.generate(prompt, greedy(1))
+    assert caught.value.kind == "request" and caught.value.param == "prompt"
+
+
+@pytest.mark.parametrize("length", [True, 0, -1, "64", 64.0, 1 << 40])
+def test_what_is_no_context_is_refused(length):
+    with pytest.raises(fp4rt.Fp4rtError, match="max_model_len is"):
+        fp4rt.load(CHECKPOINT, device="cpu", max_model_len=length)
 
 
 def test_a_conversation_keeps_what_it_remembers(llm: fp4rt.LLM):

@@ -107,5 +107,12 @@ def test_command(checkpoints, tmp_path):
     figures = json.loads(found.stdout)
     assert figures["tokens"] == len(text.read_text()) - 1 and 0 < figures["divergence"]["mean"] < 2
     assert figures["perplexity"]["mean"] == pytest.approx(np.exp(figures["nll"]["mean"]))
+    text.write_text("ab")
+    single = CliRunner().invoke(main, ["perplexity", str(checkpoints["BF16"]), *common, "--max-tokens", "2", "--json"])
+    figures = json.loads(single.stdout, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert figures["tokens"] == 1 and figures["nll"]["error"] is None
+    for path in (tmp_path, tmp_path / "none" / "run.npz"):
+        kept = CliRunner().invoke(main, ["perplexity", str(tmp_path / "no model"), *common, "--save-logits", str(path)])
+        assert kept.exit_code == 1 and f"{path}: cannot be written" in kept.stderr
     missing = CliRunner().invoke(main, ["perplexity", str(checkpoints["BF16"]), "--file", str(tmp_path / "none")])
     assert missing.exit_code == 1 and "none: cannot be read" in missing.stderr

@@ -86,11 +86,31 @@ def test_echo_and_the_prompts_log_probabilities(server: Running):
         assert told["token_logprobs"][0] is None and told["top_logprobs"][0] is None
         assert all(p <= 0 for p in told["token_logprobs"][1:])
         assert all(len(top) == 2 for top in told["top_logprobs"][1:])
-        assert told["text_offset"] == [sum(map(len, told["tokens"][:i])) for i in range(len(told["tokens"]))]
+        assert told["text_offset"][0] == 0  # the token that the tokenizer puts before a text
+        assert told["text_offset"][1:] == [sum(map(len, told["tokens"][1:i])) for i in range(1, len(told["tokens"]))]
     with fp4rt.load("demo", device="cpu") as llm:
         logits = llm.logits(ids)[:-1].astype(np.float64)
     expected = (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[np.arange(len(ids) - 1), ids[1:]]
     assert np.allclose(told["token_logprobs"][1:len(ids)], expected, atol=1e-2)
+
+
+def test_offsets_are_places_in_the_text(server: Running):
+    """Parts of a character begin where it does; special tokens take room only where the prompt spells them."""
+    spelled = "na\u00efve \U0001f642<|eot_id|> dog"
+    ids = server.llm.llm.encode(spelled)
+    bias = {str(i): 30 for i in server.llm.llm.text.encode("\U0001f642\u00ef x", add_special=False)}
+    for prompt, echoed in ((spelled, spelled), (ids, spelled.replace("<|eot_id|>", ""))):
+        choice, = server.post(TEXT, prompt=prompt, max_tokens=40, echo=True, logprobs=0, temperature=2, seed=1,
+                              logit_bias=bias, ignore_eos=True)["choices"]
+        text, tokens, offsets = choice["text"], choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]
+        assert text.startswith(echoed) and offsets == sorted(offsets)
+        assert any(token.startswith("bytes:") for token in tokens[len(ids):])
+        for token, offset in zip(tokens, offsets, strict=True):
+            if token.startswith("bytes:"):
+                assert not text[offset].isascii()
+            elif not token.startswith("<|"):
+                assert text.startswith(token, offset), (token, offset)
+        assert offsets[tokens.index("<|eot_id|>")] == len("na\u00efve \U0001f642")
 
 
 def test_continuations_are_scored_as_lm_eval_does(server: Running):
@@ -138,6 +158,9 @@ def test_seeds_stops_biases_and_penalties(server: Running):
     assert text(logit_bias={str(token): 100}, max_tokens=3, **GREEDY) == " dog dog dog"
     assert text(top_k=1, temperature=1) == plain
     assert text(frequency_penalty=2, **GREEDY) != plain
+    partial = server.llm.llm.text.encode("\U0001f642", add_special=False)[0]  # a byte that begins a character
+    held = server.post(TEXT, prompt="x", max_tokens=1, stop=["\ufffd"], logit_bias={str(partial): 100}, **GREEDY)
+    assert (held["choices"][0]["text"], held["choices"][0]["finish_reason"]) == ("", "stop")
 
 
 # -- Chat -----------------------------------------------------------------------------------------------------------
@@ -164,8 +187,8 @@ def test_a_chat(server: Running):
 
 def test_parts_of_text_and_developers_are_taken(server: Running):
     parts = [{"role": "developer", "content": "Be short."},
-             {"role": "user", "content": [{"type": "text", "text": "What is 2+3?"}]}]
-    plain = [{"role": "system", "content": "Be short."}, *HELLO]
+             {"role": "user", "content": [{"type": "text", "text": "What is 2+3?"}, {"type": "text", "text": ""}]}]
+    plain = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "What is 2+3?\n"}]
     assert (server.post("/tokenize", messages=parts)["tokens"] == server.post("/tokenize", messages=plain)["tokens"]
             == server.llm.llm.text.encode_chat(plain))
 
@@ -277,6 +300,8 @@ CHAT_MISTAKES = [
     ({"messages": [USER], "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"messages": [USER], "logit_bias": {"x": 1}}, "logit_bias"),
     ({"messages": [USER], "logit_bias": {"999999": 1}}, "logit_bias"),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
+    ({"messages": [{"role": "user", "content": [{"type": "file", "text": ""}]}]}, "messages[0].content[0].type"),
     ({"messages": [USER], "logit_bias": {"1": 101}}, "logit_bias[...]"),
     ({"messages": [USER], "tool_choice": "required"}, "tool_choice"),
     ({"messages": [USER], "tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
@@ -290,7 +315,9 @@ CHAT_MISTAKES = [
         "enum": ["x" * 999] * 999}}}}, "response_format"),
     ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": {
         "name": "f", "arguments": "["}}]}]}, "messages[0].tool_calls[0].function.arguments"),
-    ({"messages": [USER], "chat_template_kwargs": {"think": 1}}, "chat_template_kwargs"),
+    *(({"messages": [USER], "chat_template_kwargs": {name: 1}}, "chat_template_kwargs")
+      for name in ("think", "messages", "tools", "add_generation_prompt", "bos_token")),
+    ({"messages": [USER], "reasoning_effort": "none"}, "reasoning_effort"),
 ]
 TEXT_MISTAKES = [
     ({}, "prompt"), ({"prompt": []}, "prompt"), ({"prompt": ["x", 1]}, "prompt"), ({"prompt": [[]]}, "prompt"),
@@ -307,6 +334,14 @@ TEXT_MISTAKES = [
 def test_mistakes_name_their_field(server: Running, path: str, body: dict, param: str):
     error = server.refused(path, 400, body)
     assert error["type"] == "invalid_request_error" and error["param"] == param, error
+    assert "Text." not in error["message"] and "/demo/" not in error["message"]  # nothing of the server's insides
+    if path == CHAT and param in ("tools", "chat_template_kwargs", "messages[0].content[0].type"):
+        assert server.refused("/tokenize", 400, body)["param"] == param
+
+
+def test_any_other_variable_may_be_a_templates(server: Running):
+    for name in ("self", "text", "a b"):
+        assert server.post("/tokenize", messages=HELLO, chat_template_kwargs={name: 1})["count"] > 3
 
 
 def test_a_model_without_a_chat_template(tmp_path: Path):
@@ -370,9 +405,10 @@ def test_bad_http_gets_an_answer_in_json(server: Running):
         sock.sendall(b"nonsense\r\n\r\n")
         head, _, body = sock.recv(65536).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400") and json.loads(body)["error"]["message"]
-    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as sock:
-        sock.sendall(b"GET / HTTP/1.1\r\nX: " + b"x" * 50_000)
-        assert sock.recv(65536).startswith(b"HTTP/1.1 4")
+    for size, end, status in ((50_000, b"", b"400"), (50_000, b"\r\n\r\n", b"400"), (20_000, b"\r\n\r\n", b"200")):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as sock:
+            sock.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * size + end)
+            assert sock.recv(65536).startswith(b"HTTP/1.1 " + status)
 
 
 def test_request_ids_come_back(server: Running):
@@ -440,6 +476,13 @@ def test_slow_clients_are_let_go(server: Running, monkeypatch: pytest.MonkeyPatc
         sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
                      b"Content-Length: 100\r\n\r\n{")
         assert sock.recv(100).startswith(b"HTTP/1.1 408")
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as sock:  # answered, and sends on and on
+        sock.sendall(b"POST /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n")
+        assert sock.recv(1000).startswith(b"HTTP/1.1 404")
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            for _ in range(100):
+                sock.sendall(b"x")
+                time.sleep(0.05)
 
 
 def test_a_huge_prompt_holds_up_nobody(server: Running, monkeypatch: pytest.MonkeyPatch):
@@ -499,7 +542,9 @@ def test_keys():
 
 def test_without_a_key_only_names_of_this_machine_are_answered():
     with serving("demo", own_hosts=True, device="cpu", max_model_len=256) as server:
-        for host, status in (("localhost", 200), ("127.0.0.1:8000", 200), ("[::1]:1", 200), ("evil.example", 421)):
+        for host, status in (("localhost", 200), ("127.0.0.1:8000", 200), ("[::1]:1", 200), ("127.0.0.2:1", 200),
+                             ("LocalHost:", 200), ("[0:0:0:0:0:0:0:1]", 200), ("evil.example", 421), ("10.0.0.1", 421),
+                             ("[::1]evil", 421), ("127.0.0.1.evil.example", 421), ("", 421)):
             assert server.ask("GET", "/v1/models", headers={"host": host})[0] == status
 
 

@@ -101,6 +101,13 @@ def test_forced_tools(client, model: str, choice):
     assert reply.usage.prompt_tokens > 30
 
 
+def test_a_function_without_parameters_takes_none(client, model: str):
+    done = client.chat.completions.create(
+        model=model, messages=[USER], tools=[{"type": "function", "function": {"name": "now"}}], tool_choice="required",
+        parallel_tool_calls=False, temperature=2, seed=3, max_tokens=200).choices[0]
+    assert done.finish_reason == "tool_calls" and done.message.tool_calls[0].function.arguments == "{}"
+
+
 def test_tools_that_are_not_wanted(client, model: str):
     asked = dict(model=model, messages=[USER], temperature=0, max_tokens=24)
     without = client.chat.completions.create(**asked)

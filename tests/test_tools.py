@@ -40,6 +40,14 @@ REPLIES = [
     ("hermes", "no <tool call> here <tool_cal", "", "no <tool call> here <tool_cal", []),
     ("hermes", "<tool_call>{broken}</tool_call> then", "", "<tool_call>{broken}</tool_call> then", []),
     ("hermes", '<tool_call>{"name": "clock", "arguments": {}}', "", "", [("clock", {})]),
+    *((form, text, "", text, []) for form, text in [  # what no client could read as JSON is no call
+        ("hermes", '<tool_call>{"name": "clock", "arguments": {"a": NaN}}</tool_call>'),
+        ("hermes", '<tool_call>{"name": "clock", "arguments": {"a": -1e999}}</tool_call>'),
+        ("hermes", '<tool_call>{"name": "clock", "arguments": {"a": "\\ud83d"}}</tool_call>'),
+        ("hermes", '<tool_call>{"name": "\\ud83d", "arguments": {}}</tool_call>'),
+        ("llama", '{"name": "clock", "parameters": {"a": "\\ud83d"}}'),
+        ("xml", "<tool_call><function=get_weather><parameter=days>\nInfinity\n</parameter></function></tool_call>"),
+        ("gemma", "<|tool_call>call:clock{a:NaN}<tool_call|>")]),
     ("xml", "<think>Hm</think><tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n"
      "<parameter=days>\n3\n</parameter>\n<parameter=exact>\nTrue\n</parameter>\n</function>\n</tool_call>", "Hm", "",
      [("get_weather", PARIS)]),

@@ -132,16 +132,21 @@ def parse(line: bytes) -> dict[str, Any]:
     if len(line) > MAX_LINE_BYTES:
         raise Fp4rtError("request", f"is longer than {MAX_LINE_BYTES >> 20} MiB")
     try:
-        asked = json.loads(line)
+        asked = json.loads(line, parse_constant=_no_constant)
     except UnicodeDecodeError as error:
         raise Fp4rtError("request", f"is not UTF-8 text (byte {error.start})") from None
     except json.JSONDecodeError as error:
         raise Fp4rtError("request", f"is not JSON ({error.msg} at character {error.pos})") from None
-    except (ValueError, RecursionError):  # a number or a nesting beyond what Python reads
-        raise Fp4rtError("request", "is not JSON that can be read: a number too long, or nested too deeply") from None
+    except (ValueError, RecursionError):  # what only Python writes, or a number or a nesting beyond what it reads
+        raise Fp4rtError("request", "is not JSON that can be read: NaN or Infinity, a number too long, or nested too "
+                                    "deeply") from None
     if not isinstance(asked, dict):
         raise Fp4rtError("request", f"is {shown(asked)}; it must be an object with a prompt or messages")
     return asked
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 def check(asked: dict[str, Any]) -> None:

@@ -32,6 +32,7 @@ def command(model: str, prompt: str | None, chat: bool, input_file: str | None, 
     A line of --input-file is a JSON object: {"prompt": TEXT or [IDS]} or {"messages": [...]}, and what else differs
     from the options given here, such as "max_tokens", "temperature", "seed" or "think". Its line of --output-file has
     "text", "reasoning", "finish_reason", "prompt_tokens" and "generated_tokens", or "error"; an "id" is repeated.
+    --seed is that of the first line; each further one has the next.
     """
     if (input_file is None) != (output_file is None):
         raise click.UsageError("--input-file and --output-file belong together")

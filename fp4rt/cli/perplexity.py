@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -25,7 +26,7 @@ from fp4rt.errors import Fp4rtError
               help="Keep this run to compare others with: of each distribution the 256 likeliest tokens and the rest's "
                    "probability, about 2 KB for each token of the text.")
 @click.option("--reference", type=click.Path(path_type=Path), metavar="REF.npz", help="Compare with a run kept before.")
-@click.option("--json", "as_json", is_flag=True, help="Figures as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Figures as JSON; null for one that is infinite.")
 @options(MODEL_OPTIONS)
 def command(model: str, path: Path, window: int | None, stride: int | None, max_tokens: int | None,
             save_logits: Path | None, reference: Path | None, as_json: bool, quiet: bool, max_model_len: int | None,
@@ -44,6 +45,11 @@ def command(model: str, path: Path, window: int | None, stride: int | None, max_
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise Fp4rtError("request", f"{path}: cannot be read ({reason})") from None
 
+    if save_logits is not None and (save_logits.is_dir() or not save_logits.parent.is_dir()):  # told before the work
+        where = save_logits if save_logits.is_dir() else save_logits.parent
+        raise Fp4rtError("request", f"{save_logits}: cannot be written ({where} is {'a' if where.is_dir() else 'no'} "
+                                    "directory)")
+
     def progress(windows: list) -> Iterable:
         if quiet or not sys.stderr.isatty():
             return windows
@@ -60,8 +66,11 @@ def command(model: str, path: Path, window: int | None, stride: int | None, max_
     if kept is not None:
         kept.save(save_logits)
     if as_json:
-        click.echo(json.dumps({"tokens": result.tokens, "perplexity": asdict(result.perplexity),
-                               "nll": asdict(result.nll), **(asdict(result.comparison) if result.comparison else {})}, indent=2))
+        estimates = {"perplexity": asdict(result.perplexity), "nll": asdict(result.nll),
+                     **(asdict(result.comparison) if result.comparison else {})}
+        known = {name: {key: value if math.isfinite(value) else None for key, value in estimate.items()}
+                 for name, estimate in estimates.items()}
+        click.echo(json.dumps({"tokens": result.tokens, **known}, indent=2))
         return
     click.echo(f"perplexity {result.perplexity.mean:.4f} +- {result.perplexity.error:.4f} over {result.tokens} tokens")
     if result.comparison:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import ipaddress
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ def command(model: str, host: str, port: int, keys: tuple[str, ...], api_key_fil
     Requests share the model's steps. SIGTERM and Ctrl-C let what runs come to its end. The log, JSON lines, goes to
     stderr.
     """
-    from fp4rt.serve import Server, bind, log_to_stderr, make_app
+    from fp4rt.serve import Server, bind, is_loopback, log_to_stderr, make_app
 
     found = [*keys, *(read_keys(api_key_file) if api_key_file else [])]
     check_keys(found)
@@ -88,14 +87,6 @@ def share_of_memory(share: float, given: dict[str, Any]) -> int:
     if not total:
         raise Fp4rtError("request", "--gpu-memory-utilization needs a GPU; --kv-tokens limits what a CPU remembers")
     return int(share * total)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address; a name other than localhost may mean any."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def read_keys(file: Path) -> list[str]:

@@ -12,7 +12,7 @@ except ImportError as error:
     raise Fp4rtError("request", f"serving needs the package {error.name}: pip install 'fp4rt[serve]'") from None
 
 from fp4rt.serve.app import make_app
-from fp4rt.serve.front import log_to_stderr
+from fp4rt.serve.front import is_loopback, log_to_stderr
 from fp4rt.serve.server import Server, bind
 
-__all__ = ["Server", "bind", "log_to_stderr", "make_app"]
+__all__ = ["Server", "bind", "is_loopback", "log_to_stderr", "make_app"]

@@ -21,11 +21,16 @@ from fp4rt.errors import Fp4rtError
 from fp4rt.serve.completions import token_text, usage_of
 from fp4rt.serve.errors import ApiError
 from fp4rt.serve.protocol import (ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion, ChatLogprobs, ChatRequest,
-                                  JsonObjectFormat, JsonSchemaFormat, Message, Reply, ReplyDelta, ReplyFunction,
-                                  ReplyTool, ReplyToolDelta, TokenLogprob, ToolChoice, ToolDefinition, TopLogprob)
+                                  ContentPart, JsonObjectFormat, JsonSchemaFormat, Message, Reply, ReplyDelta,
+                                  ReplyFunction, ReplyTool, ReplyToolDelta, TokenizeRequest, TokenLogprob, ToolChoice,
+                                  ToolDefinition, TopLogprob)
 from fp4rt.serve.service import Call, Service, make_id, make_sampling, read_body, together
 from fp4rt.serve.stream import Emit, EventStream
-from fp4rt.text import Splitter, Text, Tool, ToolCall, ToolFormat, ToolSplitter
+from fp4rt.text import RESERVED, Splitter, Text, Tool, ToolCall, ToolFormat, ToolSplitter
+
+
+# What a function without "parameters" takes, as OpenAI's API reference says: nothing.
+NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -35,11 +40,7 @@ def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
         one: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role}
         content = message.content
         if isinstance(content, list):
-            for j, part in enumerate(content):
-                if part.type not in ("text", "refusal") or not isinstance(part.text or part.refusal, str):
-                    raise ApiError(400, f"messages[{i}].content[{j}] is of type {part.type!r}; only text is taken, no "
-                                        "images, audio, video or files", f"messages[{i}].content[{j}].type")
-            content = "\n".join(part.text or part.refusal or "" for part in content)
+            content = "\n".join(_said(part, f"messages[{i}].content[{j}]") for j, part in enumerate(content))
         if content is None and message.role != "assistant":
             raise ApiError(400, f"messages[{i}] has no content", f"messages[{i}].content")
         one["content"] = content if content is not None else ""
@@ -53,6 +54,16 @@ def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
                 for j, call in enumerate(message.tool_calls)]
         plain.append(one)
     return plain
+
+
+def _said(part: ContentPart, where: str) -> str:
+    if part.type not in ("text", "refusal"):
+        raise ApiError(400, f"{where} is of type {part.type!r}; only text is taken, no images, audio, video or files",
+                       f"{where}.type")
+    said = getattr(part, part.type)
+    if said is None:
+        raise ApiError(400, f"{where} has no {part.type}", f"{where}.{part.type}")
+    return said
 
 
 def _arguments(text: str, where: str) -> dict[str, Any]:
@@ -84,36 +95,49 @@ class Prompt:
         return text.tool_splitter(self.ids, self.tools, self.format) if self.format else text.splitter(self.ids)
 
 
-def make_prompt(service: Service, given: ChatRequest) -> Prompt:
-    """The conversation of a request. Takes milliseconds: the chat template runs, in a process of its own."""
-    text, arguments, think = service.text, dict(given.chat_template_kwargs or {}), None
-    tools = given.tools or []
+def encode_chat(service: Service, given: ChatRequest | TokenizeRequest, tools: Sequence[ToolDefinition],
+                **options: Any) -> list[int]:
+    """The ids of a conversation. Takes milliseconds: the chat template runs, in a process of its own.
+
+    Raises ApiError naming the field where the template, or what it is given, is not for this conversation.
+    """
     service.check_chats()
+    if tools and service.text.tool_format() is None:
+        raise ApiError(400, "this model's chat template takes no tools", "tools")
+    arguments = given.chat_template_kwargs or {}
+    if taken := RESERVED & arguments.keys():
+        raise ApiError(400, f"chat_template_kwargs: {', '.join(sorted(taken))} cannot be set there; other fields and "
+                            "the tokenizer do", "chat_template_kwargs")
+    try:
+        return service.text.encode_chat(plain_messages(given.messages), tools=plain_tools(tools) or None,
+                                        **{**arguments, **options})
+    except Fp4rtError as error:
+        if error.kind != "request" or error.param:
+            raise
+        named = "reasoning_effort" if options.get("think") is not None and "think" in str(error) else "messages"
+        raise ApiError(400, str(error).removeprefix(f"{service.text.path}/"), named) from None
+
+
+def make_prompt(service: Service, given: ChatRequest) -> Prompt:
+    """The conversation of a request, as `encode_chat` makes it."""
+    text, tools, options = service.text, given.tools or [], {}
     if given.tool_choice not in (None, "none") and not tools:
         raise ApiError(400, "tool_choice needs tools", "tool_choice")
     if len({tool.function.name for tool in tools}) < len(tools):
         raise ApiError(400, "two tools have the same name", "tools")
     if given.tool_choice == "none":
         tools = []
-    format = text.tool_format() if tools else None
-    if tools and format is None:
-        raise ApiError(400, "this model's chat template takes no tools", "tools")
+    service.check_chats()
     if given.reasoning_effort == "none":
-        think = False
+        options["think"] = False
     elif given.reasoning_effort is not None:
         if "reasoning_effort" not in text.template.interest(bool(tools)).variables:
             raise ApiError(400, "this model's chat template has no reasoning_effort; chat_template_kwargs sets what it "
                                 "has", "reasoning_effort")
-        arguments["reasoning_effort"] = given.reasoning_effort
-    try:
-        ids = text.encode_chat(plain_messages(given.messages), tools=plain_tools(tools) or None, think=think,
-                               **arguments)
-    except Fp4rtError as error:
-        named = "reasoning_effort" if think is not None and "think" in str(error) else "messages"
-        raise error if error.kind != "request" or error.param else Fp4rtError("request", str(error), named) from None
-    except TypeError as error:  # a template argument with the name of one of Python's own
-        raise ApiError(400, f"chat_template_kwargs: {error}", "chat_template_kwargs") from None
-    return Prompt(ids, [Tool(tool.function.name, tool.function.parameters or {}) for tool in tools], format)
+        options["reasoning_effort"] = given.reasoning_effort
+    ids, format = encode_chat(service, given, tools, **options), text.tool_format() if tools else None
+    return Prompt(ids, [Tool(tool.function.name, NO_PARAMETERS if tool.function.parameters is None else
+                             tool.function.parameters) for tool in tools], format)
 
 
 def make_grammar(service: Service, given: ChatRequest, prompt: Prompt) -> Grammar | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import msgspec
@@ -17,7 +17,7 @@ from fp4rt.serve.errors import ApiError
 from fp4rt.serve.protocol import (MAX_CHOICES, Completion, CompletionChoice, CompletionLogprobs, CompletionRequest)
 from fp4rt.serve.service import Call, Service, make_id, make_sampling, make_usage, read_body, together
 from fp4rt.serve.stream import Emit, EventStream
-from fp4rt.text import Text
+from fp4rt.text import Text, TextStream
 
 
 def token_text(text: Text, token: int) -> str:
@@ -40,36 +40,58 @@ class Choice:
     echo: str | None
     logprobs: int | None
     drop: bool
-    offset: int = 0
+    stream: TextStream  # of the reply's tokens whose log-probabilities were told
+    offset: int = 0     # characters before them
     started: bool = False
     newest: Delta | None = None
-    text: str = ""
-    told: CompletionLogprobs | None = field(default=None)
 
     def take(self, delta: Delta) -> CompletionChoice:
         """What a delta adds."""
         self.newest = delta
         text = "" if self.drop else delta.text
         told = [] if self.drop else list(delta.logprobs or [])
-        entries: list[tuple[int, TokenLogprobs | None]] = [(one.id, one) for one in told]
+        entries: list[tuple[int, TokenLogprobs | None]] = []
+        offsets: list[int] = []
         if not self.started and self.echo is not None:
             text = self.echo + text
-            entries = [(self.ids[0], None), *((one.id, one) for one in delta.prompt_logprobs or []), *entries]
+            if self.logprobs is not None:
+                entries = [(self.ids[0], None), *((one.id, one) for one in delta.prompt_logprobs or [])]
+                offsets = self._prompt_offsets(self.echo)
+            self.offset = len(self.echo)
         self.started = True
-        logprobs = self._logprobs(entries) if self.logprobs is not None else None
+        for one in told:
+            entries.append((one.id, one))
+            begin, self.offset = self._place(self.stream, one.id, self.offset)
+            offsets.append(begin)
+        logprobs = self._logprobs(entries, offsets) if self.logprobs is not None else None
         return CompletionChoice(index=self.index, text=text, logprobs=logprobs, finish_reason=self._reason(delta))
 
     def _reason(self, delta: Delta) -> str | None:
         return "length" if self.drop and delta.finish_reason else delta.finish_reason
 
-    def _logprobs(self, entries: Sequence[tuple[int, TokenLogprobs | None]]) -> CompletionLogprobs:
+    def _prompt_offsets(self, echo: str) -> list[int]:
+        """Where in `echo` each token of the prompt begins; 0 for what the tokenizer puts before it."""
+        text = self.service.text
+        before = text.decode(self.ids, skip_special=False).find(echo)
+        stream, end, offsets = text.stream(skip_special=before < 0), -max(0, before), []
+        for token in self.ids:
+            begin, end = self._place(stream, token, end)
+            offsets.append(min(max(0, begin), len(echo)))
+        return offsets
+
+    def _place(self, stream: TextStream, token: int, end: int) -> tuple[int, int]:
+        """Where a token begins in a text of `end` characters so far, and how many there are with it.
+
+        Part of a character begins where that does; what was part of one before and comes to nothing is U+FFFD now.
+        """
+        after = end + len(stream.push(token))
+        return max(end, after - len(token_text(self.service.text, token))), after
+
+    def _logprobs(self, entries: Sequence[tuple[int, TokenLogprobs | None]], offsets: list[int]) -> CompletionLogprobs:
         spell = partial(token_text, self.service.text)
-        told = CompletionLogprobs([], [], [], [])
+        told = CompletionLogprobs(offsets, [], [], [])
         for token, one in entries:
-            spelled = spell(token)
-            told.tokens.append(spelled)
-            told.text_offset.append(self.offset)
-            self.offset += len(spelled)
+            told.tokens.append(spell(token))
             told.token_logprobs.append(one.logprob if one else None)
             told.top_logprobs.append({spell(i): p for i, p in reversed(one.top)} if one else None)  # of equals the best
         return told
@@ -114,7 +136,8 @@ async def completions(request: HttpRequest) -> Response:
                 made = service.llm.submit(
                     ids, sampling, request_id=request.state.id, cache_salt=given.cache_salt or "", index=index,
                     logprobs=given.logprobs, prompt_logprobs=bool(given.echo) and given.logprobs is not None)
-                choices.append(Choice(service, len(choices), made, ids, echo, given.logprobs, drop))
+                choices.append(Choice(service, len(choices), made, ids, echo, given.logprobs, drop,
+                                      service.text.stream()))
         reply = partial(Completion, id=make_id("cmpl"), created=int(time.time()), model=service.name)
         if given.stream:
             usage = bool(given.stream_options and given.stream_options.include_usage)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 import json
 import logging
 import re
@@ -21,7 +22,6 @@ from fp4rt.serve.errors import ApiError, from_fp4rt, shutting_down
 from fp4rt.serve.service import Disconnected, Service
 
 OPEN = frozenset({"/", "/health", "/openapi.json"})  # what anyone may see: no model, no figures
-LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 REQUEST_ID = re.compile(rb"[\w.-]{1,64}")
 SAFE = [(b"x-content-type-options", b"nosniff")]
 
@@ -66,6 +66,14 @@ def understood(error: Exception) -> ApiError | None:
                    405: "this path takes another method"}.get(error.status_code, error.detail)
         return ApiError(error.status_code, message, headers=dict(error.headers or {}))
     return error if isinstance(error, ApiError) else None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine answers to an address; a name other than localhost may mean any."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 class Front:
@@ -121,8 +129,8 @@ class Front:
     def _admit(self, path: str, headers: dict[bytes, bytes]) -> None:
         """Raises ApiError for a request that must not go on."""
         if self._own_hosts:
-            host = re.sub(r":\d*$", "", headers.get(b"host", b"").decode("latin-1")).lower()
-            if host not in LOOPBACK:
+            host = re.sub(r":\d*$", "", headers.get(b"host", b"").decode("latin-1"))
+            if not is_loopback(re.sub(r"^\[(.*)]$", r"\1", host)):
                 raise ApiError(421, f"this server answers for localhost only, not for {host[:100]!r}; start it with an "
                                     "API key to use other names")
         if path in OPEN:

@@ -123,9 +123,14 @@ class Grammars:
 
     def _compile(self, lark: str, name: str) -> LLMatcher:
         matcher = LLMatcher(self.tokenizer, lark, log_level=0, limits=LLParserLimits(**LIMITS))
-        if matcher.is_error():
-            raise failure(name, matcher.get_error())
-        return matcher
+        if not matcher.is_error():
+            first = matcher.deep_copy()
+            first.compute_bitmask()  # a schema that refers to nothing but itself compiles, and allows nothing
+            if not first.is_error():
+                return matcher
+            matcher = first
+        reason = matcher.get_error()
+        raise failure(name, "nothing can satisfy it" if reason.startswith("NoExtension") else reason)
 
     def _thought(self, splitter: Splitter | None) -> str:
         """What may come before the answer, as a part of a rule's right side."""
@@ -253,6 +258,8 @@ class Calls:
                 first = ' "," '.join(pairs[key] for key in needed)
                 rest = " ".join(f'("," {pair})?' for key, pair in pairs.items() if key not in needed)
                 return self._rule(f'"{{" {first} {rest} "}}"')
+            case "object" if schema.get("additionalProperties") is False:
+                return '"{}"'
         if not any(rule.startswith("gemma_any:") for rule in self._rules):
             self._rules += [
                 f'gemma_any: {quote} {GEMMA_TEXT} {quote} | {GEMMA_NUMBER} | "true" | "false" | "null" | '

@@ -7,13 +7,12 @@ import hashlib
 import re
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from fp4rt.serve.chat import plain_messages, plain_tools
+from fp4rt.serve.chat import encode_chat
 from fp4rt.serve.completions import token_text
 from fp4rt.serve.errors import ApiError, shutting_down
 from fp4rt.serve.protocol import (DetokenizeRequest, DetokenizeResponse, Health, Model, Models, TokenizeRequest,
@@ -96,15 +95,10 @@ async def tokenize(request: Request) -> Response:
     def encode() -> list[int]:
         if given.messages is None:
             return service.text.encode(given.prompt, given.add_special_tokens is not False)
-        service.check_chats()
-        arguments: dict[str, Any] = given.chat_template_kwargs or {}
-        return service.text.encode_chat(plain_messages(given.messages), tools=plain_tools(given.tools or []) or None,
-                                        add_generation_prompt=given.add_generation_prompt is not False, **arguments)
+        return encode_chat(service, given, given.tools or [],
+                           add_generation_prompt=given.add_generation_prompt is not False)
 
-    try:
-        ids = await service.prepare(request, encode)
-    except TypeError as error:  # a template argument with the name of one of Python's own
-        raise ApiError(400, f"chat_template_kwargs: {error}", "chat_template_kwargs") from None
+    ids = await service.prepare(request, encode)
     spelled = list(map(partial(token_text, service.text), ids)) if given.return_token_strs else None
     return as_json(TokenizeResponse(len(ids), service.max_model_len, ids, spelled))
 

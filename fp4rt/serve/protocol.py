@@ -49,7 +49,7 @@ class Sampled(Request):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
-    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2, description="0 is greedy; others are at least 0.001.")] | None = None
     top_p: Annotated[float, Meta(ge=1e-6, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1, description="0 and -1 are off.")] | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
@@ -91,7 +91,7 @@ class PromptTokensDetails(Response):
 
 
 class CompletionLogprobs(Response):
-    text_offset: list[int]
+    text_offset: Annotated[list[int], Meta(description="Where in the text each token begins, in characters.")]
     token_logprobs: list[float | None]
     tokens: list[str]
     top_logprobs: list[dict[str, float] | None]
@@ -300,6 +300,8 @@ class ChatChunk(Response, kw_only=True):
 
 
 class TokenizeRequest(Request):
+    """Either a prompt, or messages with what belongs to them."""
+
     model: Name | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Meta(min_length=1, max_length=65536)] | None = None
@@ -318,6 +320,8 @@ class TokenizeResponse(Response):
 
 
 class DetokenizeRequest(Request, kw_only=True):
+    """Ids within the model's vocabulary."""
+
     model: Name | None = None
     tokens: Annotated[list[TokenId], Meta(max_length=MAX_PROMPT_IDS)]
 

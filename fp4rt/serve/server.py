@@ -21,8 +21,10 @@ from fp4rt.serve.front import Front, event
 from fp4rt.serve.service import Service
 
 MAX_HEADER_BYTES = 32 << 10
+PIECE = 8 << 10            # given to h11 at once, which bounds what is not whole, not what came whole in one read
 MAX_CONNECTIONS = 1024
-HEADER_SECONDS = 10        # for a request line and its headers, from the first byte or from connecting
+HEADER_SECONDS = 10        # for a request line and its headers, from the first byte or from connecting; and for what
+                           # is left of a body whose request has been answered
 KEEP_ALIVE_SECONDS = 30    # between a response and the next request
 WRITE_SECONDS = 30         # for a client to take anything of what waits for it
 FLUSH_SECONDS = 5          # for last words when the server ends
@@ -43,12 +45,14 @@ class Protocol(H11Protocol):
         self._headers = self.loop.call_later(HEADER_SECONDS, self._abort)
 
     def data_received(self, data: bytes) -> None:
-        if self.transport.is_closing():
-            return
-        super().data_received(data)
-        if self.conn.their_state is not h11.IDLE:
+        for begin in range(0, len(data), PIECE):
+            if self.transport.is_closing():
+                return
+            super().data_received(data[begin:begin + PIECE])
+        answered = self.conn.our_state is h11.DONE  # and more of the body comes, which nobody reads
+        if self.conn.their_state is not h11.IDLE and not answered:
             self._stop_headers()
-        elif self._headers is None and self.timeout_keep_alive_task is None:  # a next request has begun
+        elif self._headers is None and self.timeout_keep_alive_task is None:  # or a next request has begun
             self._headers = self.loop.call_later(HEADER_SECONDS, self._abort)
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -81,7 +81,7 @@ class Text:
 
     # -- Chat ---------------------------------------------------------------------------------------------------
 
-    def render_chat(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True,
+    def render_chat(self, messages: Sequence[dict[str, Any]], /, *, add_generation_prompt: bool = True,
                     tools: list[dict[str, Any]] | None = None, think: bool | None = None, **arguments: Any) -> str:
         """The text of a conversation by the checkpoint's chat template.
 
@@ -112,7 +112,7 @@ class Text:
         return self.template.render({**self.special_tokens, "messages": list(messages), "tools": tools,
                                      "documents": None, "add_generation_prompt": add_generation_prompt, **arguments})
 
-    def encode_chat(self, messages: Sequence[dict[str, Any]], **arguments: Any) -> list[int]:
+    def encode_chat(self, messages: Sequence[dict[str, Any]], /, **arguments: Any) -> list[int]:
         """The ids of `render_chat`, without adding special tokens: the template has written them already."""
         return self.encode(self.render_chat(messages, **arguments), add_special=False)
 

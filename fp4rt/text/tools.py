@@ -207,6 +207,14 @@ class HarmonyTools(Harmony, ToolSplitter):
 # -- Reading --------------------------------------------------------------------------------------------------------
 
 
+def _made(name: str, arguments: dict[str, Any]) -> ToolCall:
+    """A call. Raises ValueError for what JSON (RFC 8259) or UTF-8 cannot say, though Python's reader takes it: NaN,
+    numbers beyond a double's, half of a surrogate pair."""
+    call = ToolCall(name, json.dumps(arguments, ensure_ascii=False, allow_nan=False))
+    f"{call.name}{call.arguments}".encode()
+    return call
+
+
 def _call(entry: dict[str, Any]) -> ToolCall:
     """{"name", "arguments" or "parameters"}, the arguments as an object or as its text."""
     arguments = entry.get("arguments", entry.get("parameters", {}))
@@ -214,7 +222,7 @@ def _call(entry: dict[str, Any]) -> ToolCall:
         arguments = json.loads(arguments)
     if not isinstance(entry["name"], str) or not isinstance(arguments, dict):
         raise ValueError("a call needs a name and an object of arguments")
-    return ToolCall(entry["name"], json.dumps(arguments, ensure_ascii=False))
+    return _made(entry["name"], arguments)
 
 
 def read_json(body: str, _: dict[str, Tool]) -> list[ToolCall]:
@@ -256,7 +264,7 @@ def read_xml(body: str, tools: dict[str, Tool]) -> list[ToolCall]:
         for key, text in re.findall(r"<parameter=([^>]+)>(.*?)(?:</parameter>|(?=<parameter=)|$)", inside, re.DOTALL):
             text = text.removeprefix("\n").removesuffix("\n")
             values[key] = text if takes_text(properties.get(key, {})) else _value(text)
-        calls.append(ToolCall(name, json.dumps(values, ensure_ascii=False)))
+        calls.append(_made(name, values))
     return calls
 
 
@@ -285,7 +293,7 @@ def read_gemma(body: str, _: dict[str, Tool]) -> list[ToolCall]:
     values, end = _gemma_value(match[2], 0, 0)
     if end != len(match[2]):
         raise ValueError("text after the arguments")
-    return [ToolCall(match[1], json.dumps(values, ensure_ascii=False))]
+    return [_made(match[1], values)]
 
 
 def _gemma_value(text: str, at: int, depth: int) -> tuple[Any, int]:

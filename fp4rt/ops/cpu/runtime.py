@@ -12,7 +12,7 @@ import platform
 import sys
 import threading
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 import llvmlite.binding as llvm
@@ -139,7 +139,8 @@ def _write(path: Path, data: bytes) -> None:
         own.write_bytes(data)
         os.replace(own, path)
     except OSError:
-        own.unlink(missing_ok=True)
+        with suppress(OSError):
+            own.unlink()
 
 
 class _Locator(caching._CacheLocator):
@@ -179,6 +180,10 @@ class _CacheImpl(caching.CompileResultCacheImpl):
 
 class _Cache(caching.FunctionCache):
     _impl_class = _CacheImpl
+
+    def save_overload(self, sig: object, data: object) -> None:
+        with suppress(OSError):  # a full disk: the next process compiles again
+            super().save_overload(sig, data)
 
 
 def compiled(**options: object) -> Callable[[Callable], Callable]:

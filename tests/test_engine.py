@@ -140,6 +140,51 @@ def test_logits_that_are_not_finite_name_the_layer(tmp_path: Path, scale: str):
         asyncio.run(asyncio.wait_for(score(), 20))
 
 
+@pytest.mark.parametrize("name, ahead", [("llama-modelopt-nvfp4", 0), ("llama-modelopt-nvfp4", 3),
+                                         ("gemma4-e2b-modelopt-nvfp4", 3), ("nemotron-h-modelopt-nvfp4", 0)])
+def test_a_scored_prompt_and_sequences_that_grow_share_what_room_there_is(name: str, ahead: int):
+    """Together they need more pages than there are."""
+    rng = np.random.default_rng(9)
+    with fp4rt.load(CHECKPOINT.parent / name, device="cpu", max_model_len=512, kv_tokens=512, max_num_seqs=3,
+                    deterministic=True, prefix_caching=False) as llm:
+        ids = [rng.integers(3, 300, n).tolist() for n in (100, 40, 480, 70, 400, 20, 30)]
+        scored = (2, 4)
+        asked = [(prompt, greedy(9 if i in scored else 380 - 40 * i)) for i, prompt in enumerate(ids)]
+        alone = [llm.generate(prompt, sampling)[0].ids for prompt, sampling in asked]
+        llm.ops.lookahead = ahead
+        sequences = [llm.sequence(list(prompt), sampling) for prompt, sampling in asked]
+        engine, waiting = llm.engine, list(enumerate(sequences))
+        engine.submit(waiting.pop(0)[1])
+        for count, (_, token) in enumerate(engine.events()):
+            assert token >= 0
+            if waiting and count % 60 == 59:
+                i, one = waiting.pop(0)
+                if i in scored:
+                    one.top_logprobs = 0
+                    engine.score(one, 0)
+                else:
+                    engine.submit(one)
+        assert [sequence.generated for sequence in sequences] == alone
+        assert [len(sequences[i].prompt_logprobs) for i in scored] == [479, 399]
+        assert engine.cache.empty and engine.scheduler.preemptions > 0 and engine.scheduler.scored is None
+
+
+def test_a_scored_prompt_gets_the_next_slot_however_many_wait():
+    with fp4rt.load(CHECKPOINT, device="reference", max_model_len=64, max_num_seqs=1) as llm:
+        engine, ended = llm.engine, []
+        plain, scored = [llm.sequence([3, 4], greedy(2)) for _ in range(5)], llm.sequence([3, 4, 5], greedy(1))
+        for sequence in plain[:2]:
+            engine.submit(sequence)
+        for count, (sequence, _) in enumerate(engine.events()):
+            if count == 0:
+                engine.score(scored, 0)
+            if sequence.finish_reason:
+                ended.append(sequence)
+            if sequence.finish_reason and len(ended) < 4:
+                engine.submit(plain[len(ended) + 1])
+        assert ended.index(scored) < 5 and len(ended) == 6
+
+
 class Watched:
     """What is on its way from a step; reading it is noted with how many steps had been launched since."""
 

@@ -90,9 +90,11 @@ def not_finite(engine: Engine, sequence: Sequence) -> Fp4rtError:
 def _held(engine: Engine, ids: list[int]) -> Iterator[Sequence]:
     """A sequence whose prompt is looked at and not continued; what it holds is given back."""
     prompt = Sequence(list(ids), Sampling(), 0, frozenset(), len(ids))
+    engine.scheduler.scored = prompt
     try:
         yield prompt
     finally:
+        engine.scheduler.scored = None
         engine.cache.give_back(prompt.held)
 
 

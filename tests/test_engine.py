@@ -276,6 +276,28 @@ def test_a_grammar_does_not_hold_up_the_others(watched: fp4rt.LLM):
     assert watched.generate(prompts(5, 8)[0], greedy(40))[0].ids == sequences[0].generated
 
 
+class Outside:
+    """Allows an id only that the tokenizer has and the model has not: 323 of 323, in the mask's last word."""
+
+    finished = False
+
+    def mask(self, words: np.ndarray) -> None:
+        words[-1] = np.uint32(1 << 323 % 32)
+
+    def accept(self, token: int) -> None:
+        raise AssertionError(token)
+
+
+def test_a_grammar_that_allows_no_token_of_the_model_ends_its_own_sequence_only():
+    with fp4rt.load(CHECKPOINT.parent / "llama-modelopt-nvfp4-lm-head", device="reference", max_model_len=64) as llm:
+        assert llm.engine.model.config.vocab_size == 323
+        bound, free = (llm.sequence([3, 4], greedy(5)) for _ in range(2))
+        bound.grammar = Outside()
+        for _ in llm.engine.run([bound, free]):
+            pass
+        assert "allows no token" in str(bound.error) and len(free.generated) == 5
+
+
 @pytest.mark.parametrize("name, kinds", [("llama-modelopt-nvfp4", 1), ("gpt-oss-mxfp4", 2),
                                          ("gemma4-e2b-modelopt-nvfp4", 4), ("nemotron-h-moe-modelopt-nvfp4", 3)])
 def test_steps_of_all_sizes_are_rehearsed_with_a_layer_of_each_kind(name: str, kinds: int):

@@ -140,6 +140,32 @@ def test_logits_that_are_not_finite_name_the_layer(tmp_path: Path, scale: str):
         asyncio.run(asyncio.wait_for(score(), 20))
 
 
+def test_logits_that_are_not_finite_end_one_sequence_though_its_pages_are_shared():
+    """Five pages, of which it has two together with one that goes on: what is left is too few to run it again."""
+    with fp4rt.load(CHECKPOINT, device="reference", max_model_len=256, kv_tokens=320) as llm:
+        engine, model, bad = llm.engine, llm.engine.model, 999
+
+        class Broken:
+            config, residuals = model.config, model.residuals
+
+            def __call__(self, batch, pages):
+                logits = model(batch, pages)
+                logits[np.isin(batch.tokens[batch.rows], bad)] = np.nan
+                return logits
+
+        engine.model = Broken()
+        ids = np.random.default_rng(6).integers(3, 900, 140).tolist()
+        expected = llm.generate(ids, greedy(20))[0].ids
+        good, broken = llm.sequence(list(ids), greedy(20)), llm.sequence([*ids[:130], bad], greedy(20))
+        engine.submit(good)
+        for sequence, _ in engine.events():
+            if len(good.generated) == 3 and broken.error is None:
+                assert sequence is good
+                engine.submit(broken)
+        assert broken.cached_tokens == 128 and "position 130 hold NaN" in str(broken.error)
+        assert good.generated == expected and engine.cache.empty
+
+
 @pytest.mark.parametrize("name, ahead", [("llama-modelopt-nvfp4", 0), ("llama-modelopt-nvfp4", 3),
                                          ("gemma4-e2b-modelopt-nvfp4", 3), ("nemotron-h-modelopt-nvfp4", 0)])
 def test_a_scored_prompt_and_sequences_that_grow_share_what_room_there_is(name: str, ahead: int):

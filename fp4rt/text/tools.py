@@ -214,7 +214,18 @@ def _call(entry: dict[str, Any]) -> ToolCall:
         arguments = json.loads(arguments)
     if not isinstance(entry["name"], str) or not isinstance(arguments, dict):
         raise ValueError("a call needs a name and an object of arguments")
-    return ToolCall(entry["name"], json.dumps(arguments, ensure_ascii=False))
+    entry["name"].encode()  # raises for half of a surrogate pair
+    return ToolCall(entry["name"], _written(arguments))
+
+
+def _written(arguments: dict[str, Any]) -> str:
+    """Arguments as JSON. Raises ValueError for what it has no word for: infinity, and what is not a number."""
+    text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can write
+        return json.dumps(arguments)
+    return text
 
 
 def read_json(body: str, _: dict[str, Tool]) -> list[ToolCall]:
@@ -239,7 +250,7 @@ def read_mistral(body: str, tools: dict[str, Tool]) -> list[ToolCall]:
     """A list of calls, or NAME[CALL_ID]ID[ARGS]{...} with the id and [ARGS] left out by some versions."""
     if body.lstrip().startswith("["):
         return read_json(body, tools)
-    match = re.fullmatch(r"\s*([\w.-]+)\s*(?:\[CALL_ID\][^\[{]*)?(?:\[ARGS\])?\s*(\{.*\})\s*", body, re.DOTALL)
+    match = re.fullmatch(r"([\w.-]+)\s*(?:\[CALL_ID\][^\[{]*)?(?:\[ARGS\]\s*)?(\{.*\})", body.strip(), re.DOTALL)
     if match is None:
         raise ValueError("no call")
     return [_call({"name": match[1], "arguments": match[2]})]
@@ -250,13 +261,13 @@ def read_xml(body: str, tools: dict[str, Tool]) -> list[ToolCall]:
     if body.lstrip().startswith(("{", "[")):
         return read_json(body, tools)
     calls = []
-    for name, inside in re.findall(r"<function=([^>\s]+)>(.*?)(?:</function>|$)", body, re.DOTALL):
+    for name, inside in re.findall(r"<function=([^<>\s]+)>(.*?)(?:</function>|$)", body, re.DOTALL):
         properties = tools[name].parameters.get("properties", {}) if name in tools else {}
         values = {}
-        for key, text in re.findall(r"<parameter=([^>]+)>(.*?)(?:</parameter>|(?=<parameter=)|$)", inside, re.DOTALL):
+        for key, text in re.findall(r"<parameter=([^<>]+)>(.*?)(?:</parameter>|(?=<parameter=)|$)", inside, re.DOTALL):
             text = text.removeprefix("\n").removesuffix("\n")
             values[key] = text if takes_text(properties.get(key, {})) else _value(text)
-        calls.append(ToolCall(name, json.dumps(values, ensure_ascii=False)))
+        calls.append(ToolCall(name, _written(values)))
     return calls
 
 
@@ -272,7 +283,9 @@ def takes_text(schema: Any) -> bool:
 
 def _value(text: str) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        _written({"": value})
+        return value
     except ValueError:
         return {"True": True, "False": False, "None": None}.get(text.strip(), text)
 
@@ -285,7 +298,7 @@ def read_gemma(body: str, _: dict[str, Tool]) -> list[ToolCall]:
     values, end = _gemma_value(match[2], 0, 0)
     if end != len(match[2]):
         raise ValueError("text after the arguments")
-    return [ToolCall(match[1], json.dumps(values, ensure_ascii=False))]
+    return [ToolCall(match[1], _written(values))]
 
 
 def _gemma_value(text: str, at: int, depth: int) -> tuple[Any, int]:

@@ -279,6 +279,17 @@ def test_a_step_that_fills_its_sizes_is_recorded_without_anyone_besides(watched:
     assert found == [watched.generate(one, greedy(5))[0].ids for one in ids]
 
 
+@pytest.mark.parametrize("context", [2, 16])
+def test_a_context_may_be_shorter_than_the_padding_of_a_recorded_step(context: int):
+    with fp4rt.load(CHECKPOINT, device="reference", max_model_len=context, kv_tokens=256) as llm:
+        asked = [[5] * (context - 1), [6], [7, 8][:context - 1]]
+        expected = [llm.generate(one, greedy(20))[0].ids for one in asked]
+        llm.ops.lookahead = 3
+        for _ in range(3):
+            assert [output.ids for output in llm.generate(asked, greedy(20))] == expected
+        assert any(recorded and sizes.tokens == 64 for sizes, recorded in llm.engine._recorded.items())
+
+
 class Odd:
     """Allows odd ids only."""
 

@@ -115,7 +115,8 @@ def load(model: str | Path, *, device: str = "auto", arch: str | None = None, ma
     ops = make_ops(device, arch, budget, deterministic)
     try:
         loader = Loader(ops, kv_dtype, *([requantizer] if requantizer else []))
-        decoder = load_model(checkpoint, loader, room, progress)
+        positions = max(room, PAGE_TOKENS)  # a recorded step may be padded by as many tokens as a page holds
+        decoder = load_model(checkpoint, loader, positions, progress)
         if requantizer:
             requantizer.finish()
         engine, context, workspace = make_engine(

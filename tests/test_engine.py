@@ -185,6 +185,77 @@ def test_logits_that_are_not_finite_name_the_layer(tmp_path: Path, scale: str):
         asyncio.run(asyncio.wait_for(score(), 20))
 
 
+def test_logits_that_are_not_finite_end_one_sequence_though_its_pages_are_shared():
+    """Five pages, of which it has two together with one that goes on: what is left is too few to run it again."""
+    with fp4rt.load(CHECKPOINT, device="reference", max_model_len=256, kv_tokens=320) as llm:
+        engine, model, bad = llm.engine, llm.engine.model, 999
+
+        class Broken:
+            config, residuals = model.config, model.residuals
+
+            def __call__(self, batch, pages):
+                logits = model(batch, pages)
+                logits[np.isin(batch.tokens[batch.rows], bad)] = np.nan
+                return logits
+
+        engine.model = Broken()
+        ids = np.random.default_rng(6).integers(3, 900, 140).tolist()
+        expected = llm.generate(ids, greedy(20))[0].ids
+        good, broken = llm.sequence(list(ids), greedy(20)), llm.sequence([*ids[:130], bad], greedy(20))
+        engine.submit(good)
+        for sequence, _ in engine.events():
+            if len(good.generated) == 3 and broken.error is None:
+                assert sequence is good
+                engine.submit(broken)
+        assert broken.cached_tokens == 128 and "position 130 hold NaN" in str(broken.error)
+        assert good.generated == expected and engine.cache.empty
+
+
+@pytest.mark.parametrize("name, ahead", [("llama-modelopt-nvfp4", 0), ("llama-modelopt-nvfp4", 3),
+                                         ("gemma4-e2b-modelopt-nvfp4", 3), ("nemotron-h-modelopt-nvfp4", 0)])
+def test_a_scored_prompt_and_sequences_that_grow_share_what_room_there_is(name: str, ahead: int):
+    """Together they need more pages than there are."""
+    rng = np.random.default_rng(9)
+    with fp4rt.load(CHECKPOINT.parent / name, device="cpu", max_model_len=512, kv_tokens=512, max_num_seqs=3,
+                    deterministic=True, prefix_caching=False) as llm:
+        ids = [rng.integers(3, 300, n).tolist() for n in (100, 40, 480, 70, 400, 20, 30)]
+        scored = (2, 4)
+        asked = [(prompt, greedy(9 if i in scored else 380 - 40 * i)) for i, prompt in enumerate(ids)]
+        alone = [llm.generate(prompt, sampling)[0].ids for prompt, sampling in asked]
+        llm.ops.lookahead = ahead
+        sequences = [llm.sequence(list(prompt), sampling) for prompt, sampling in asked]
+        engine, waiting = llm.engine, list(enumerate(sequences))
+        engine.submit(waiting.pop(0)[1])
+        for count, (_, token) in enumerate(engine.events()):
+            assert token >= 0
+            if waiting and count % 60 == 59:
+                i, one = waiting.pop(0)
+                if i in scored:
+                    one.top_logprobs = 0
+                    engine.score(one, 0)
+                else:
+                    engine.submit(one)
+        assert [sequence.generated for sequence in sequences] == alone
+        assert [len(sequences[i].prompt_logprobs) for i in scored] == [479, 399]
+        assert engine.cache.empty and engine.scheduler.preemptions > 0 and engine.scheduler.scored is None
+
+
+def test_a_scored_prompt_gets_the_next_slot_however_many_wait():
+    with fp4rt.load(CHECKPOINT, device="reference", max_model_len=64, max_num_seqs=1) as llm:
+        engine, ended = llm.engine, []
+        plain, scored = [llm.sequence([3, 4], greedy(2)) for _ in range(5)], llm.sequence([3, 4, 5], greedy(1))
+        for sequence in plain[:2]:
+            engine.submit(sequence)
+        for count, (sequence, _) in enumerate(engine.events()):
+            if count == 0:
+                engine.score(scored, 0)
+            if sequence.finish_reason:
+                ended.append(sequence)
+            if sequence.finish_reason and len(ended) < 4:
+                engine.submit(plain[len(ended) + 1])
+        assert ended.index(scored) < 5 and len(ended) == 6
+
+
 class Watched:
     """What is on its way from a step; reading it is noted with how many steps had been launched since."""
 
@@ -253,6 +324,17 @@ def test_a_step_that_fills_its_sizes_is_recorded_without_anyone_besides(watched:
     assert found == [watched.generate(one, greedy(5))[0].ids for one in ids]
 
 
+@pytest.mark.parametrize("context", [2, 16])
+def test_a_context_may_be_shorter_than_the_padding_of_a_recorded_step(context: int):
+    with fp4rt.load(CHECKPOINT, device="reference", max_model_len=context, kv_tokens=256) as llm:
+        asked = [[5] * (context - 1), [6], [7, 8][:context - 1]]
+        expected = [llm.generate(one, greedy(20))[0].ids for one in asked]
+        llm.ops.lookahead = 3
+        for _ in range(3):
+            assert [output.ids for output in llm.generate(asked, greedy(20))] == expected
+        assert any(recorded and sizes.tokens == 64 for sizes, recorded in llm.engine._recorded.items())
+
+
 class Odd:
     """Allows odd ids only."""
 
@@ -274,6 +356,28 @@ def test_a_grammar_does_not_hold_up_the_others(watched: fp4rt.LLM):
     assert all(token % 2 for token in sequences[2].generated) and len(sequences[2].generated) == 40
     watched.ops.lookahead = 0
     assert watched.generate(prompts(5, 8)[0], greedy(40))[0].ids == sequences[0].generated
+
+
+class Outside:
+    """Allows an id only that the tokenizer has and the model has not: 323 of 323, in the mask's last word."""
+
+    finished = False
+
+    def mask(self, words: np.ndarray) -> None:
+        words[-1] = np.uint32(1 << 323 % 32)
+
+    def accept(self, token: int) -> None:
+        raise AssertionError(token)
+
+
+def test_a_grammar_that_allows_no_token_of_the_model_ends_its_own_sequence_only():
+    with fp4rt.load(CHECKPOINT.parent / "llama-modelopt-nvfp4-lm-head", device="reference", max_model_len=64) as llm:
+        assert llm.engine.model.config.vocab_size == 323
+        bound, free = (llm.sequence([3, 4], greedy(5)) for _ in range(2))
+        bound.grammar = Outside()
+        for _ in llm.engine.run([bound, free]):
+            pass
+        assert "allows no token" in str(bound.error) and len(free.generated) == 5
 
 
 @pytest.mark.parametrize("name, kinds", [("llama-modelopt-nvfp4", 1), ("gpt-oss-mxfp4", 2),

@@ -289,6 +289,16 @@ def test_a_marker_joins_a_system_message_of_parts(family):
     assert '{"type": "text", "text": "/no_think"}' in text.render_chat(messages, think=False)
 
 
+@pytest.mark.parametrize("content, calls, seen", [
+    ("", [{}], "Well|Well"), (None, [{}], "Well|Well"), ("Yes.", None, "Well|Well"), ("Let me look.", [{}], "|Well")])
+def test_thoughts_have_the_name_that_harmony_reads_unless_it_would_refuse_them(family, content, calls, seen):
+    """gpt-oss takes either content or thoughts beside a call."""
+    text = family("plain")
+    (text.path / "chat_template.jinja").write_text("{{ messages[1].thinking }}|{{ messages[1].reasoning_content }}")
+    reply = {"role": "assistant", "content": content, "reasoning_content": "Well", "tool_calls": calls}
+    assert text.render_chat([*ASK, reply]) == seen and "thinking" not in reply
+
+
 @pytest.mark.parametrize("name, think, arguments, words", [
     ("gpt-oss", False, {}, "always reasons.*reasoning_effort"), ("plain", True, {}, "no switch that turns thinking on"),
     ("plain", False, {}, "no switch that turns thinking off"), ("qwen3", "no", {}, "think is 'no'"),

@@ -46,7 +46,6 @@ REPLIES = [
         ("hermes", '<tool_call>{"name": "clock", "arguments": {"a": "\\ud83d"}}</tool_call>'),
         ("hermes", '<tool_call>{"name": "\\ud83d", "arguments": {}}</tool_call>'),
         ("llama", '{"name": "clock", "parameters": {"a": "\\ud83d"}}'),
-        ("xml", "<tool_call><function=get_weather><parameter=days>\nInfinity\n</parameter></function></tool_call>"),
         ("gemma", "<|tool_call>call:clock{a:NaN}<tool_call|>")]),
     ("xml", "<think>Hm</think><tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n"
      "<parameter=days>\n3\n</parameter>\n<parameter=exact>\nTrue\n</parameter>\n</function>\n</tool_call>", "Hm", "",
@@ -58,6 +57,10 @@ REPLIES = [
     ("mistral", '[TOOL_CALLS][{"name": "clock", "arguments": {}}]', "", "", [("clock", {})]),
     ("mistral", '[TOOL_CALLS]get_weather[CALL_ID]abc123DEF[ARGS]{"city": "Paris", "days": 3, "exact": true}'
      "[TOOL_CALLS]clock[ARGS]{}", "", "", [("get_weather", PARIS), ("clock", {})]),
+    ("mistral", '[TOOL_CALLS] clock [ARGS] {"a": "{}"} \n', "", "", [("clock", {"a": "{}"})]),
+    ("mistral", "[TOOL_CALLS]clock   {} {", "", "[TOOL_CALLS]clock   {} {", []),
+    ("xml", "<tool_call><function=<function=clock><parameter=<parameter=a>b</function></tool_call>", "", "",
+     [("clock", {"a": "b"})]),
     ("gemma", "<|channel>thought\nHm<channel|><|tool_call>"
      f"call:get_weather{{city:{QUOTE}Paris{QUOTE},days:3,exact:true}}<tool_call|>", "Hm", "", [("get_weather", PARIS)]),
     ("gemma", f"<|tool_call>call:clock{{a:[1,{{b:{QUOTE}x, }}{QUOTE}}},null],{QUOTE}c d{QUOTE}:-1.5}}<tool_call|>", "",
@@ -122,3 +125,41 @@ def test_a_call_is_known_when_it_ends():
 def test_a_template_without_tools_has_no_format():
     assert find_format({}, "{% for m in messages %}{{ m.content }}{% endfor %}") is None
     assert find_format({}, "plain {{ tools }}") is None
+
+
+def taken(form: str, reply: str) -> tuple[str, list]:
+    """(answer, calls) of a reply in one piece."""
+    format = find_format({}, TEMPLATES[form])
+    splitter = format.splitter([WEATHER, CLOCK], None, "")
+    pieces = [*splitter.push(1, reply), *splitter.finish()]
+    return "".join(text for _, text in pieces), [(call.name, call.arguments) for call in splitter.calls]
+
+
+ARGUMENTS = {  # a call of "clock" with the argument a
+    "hermes": '<tool_call>{{"name": "clock", "arguments": {{"a": {}}}}}</tool_call>',
+    "toolcall": '<TOOLCALL>[{{"name": "clock", "arguments": {{"a": {}}}}}]</TOOLCALL>',
+    "mistral": '[TOOL_CALLS]clock[ARGS]{{"a": {}}}', "llama": '{{"name": "clock", "parameters": {{"a": {}}}}}',
+    "gemma": "<|tool_call>call:clock{{a:{}}}<tool_call|>"}
+
+
+@pytest.mark.parametrize("form", ARGUMENTS)
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_a_number_that_json_cannot_write_makes_no_call(form: str, number: str):
+    reply = ARGUMENTS[form].format(number)
+    assert taken(form, reply) == (reply, [])
+
+
+@pytest.mark.parametrize("form", [form for form in ARGUMENTS if form != "gemma"])
+def test_half_of_a_surrogate_pair_makes_no_call(form: str):
+    broken = ARGUMENTS[form].format('"é \\ud800"')
+    assert taken(form, broken) == (broken, [])
+    assert taken(form, ARGUMENTS[form].format('"\\ud83d\\ude00"')) == ("", [("clock", '{"a": "😀"}')])
+    if form != "mistral":  # a name may be written with escapes, too
+        broken = ARGUMENTS[form].format(1).replace("clock", "\\ud800")
+        assert taken(form, broken) == (broken, [])
+
+
+def test_an_xml_parameter_that_is_no_json_is_text():
+    reply = "<tool_call><function=get_weather><parameter=days>{}</parameter></function></tool_call>"
+    for text in ("NaN", "1e999", "soon", "{", '"\\ud800"'):
+        assert taken("xml", reply.format(text)) == ("", [("get_weather", json.dumps({"days": text}))])

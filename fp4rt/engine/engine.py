@@ -19,7 +19,7 @@ from fp4rt.engine.sequence import Sequence, TokenLogprobs
 from fp4rt.errors import Fp4rtError
 from fp4rt.layers import Decoder
 from fp4rt.ops import GREEDY, Ops, Pending, SamplerRow
-from fp4rt.sampling import MAX_LOGPROBS, Sampling
+from fp4rt.sampling import MAX_LOGPROBS, Sampling, allowed
 
 LEASE = 256          # decode steps that run on pages and settings put on the device once
 UNGUESSED = 4        # of them where nothing could be guessed, before the host looks again: it costs the device a wait
@@ -341,7 +341,7 @@ class Engine:
         mask = np.zeros(-(-self.model.config.vocab_size // 32), np.uint32)
         try:
             sequence.grammar.mask(mask)
-            if mask.any():
+            if allowed(mask, self.model.config.vocab_size).any():
                 return replace(row, mask=mask)
             sequence.fail(Fp4rtError("request", "the grammar allows no token here"))
         except Exception as error:

@@ -64,7 +64,7 @@ def score(engine: Engine, sequence: Sequence, top: int) -> Iterator[None]:
 
 
 def not_finite(engine: Engine, sequence: Sequence) -> Fp4rtError:
-    """Run the sequence again, layer by layer, to say which one first left the numbers."""
+    """Run the sequence again, layer by layer, to say which one first left the numbers, if there is room for that."""
     position = len(sequence.ids) - 1
     sequence.ahead = 0
     engine.cache.give_back(sequence.held)
@@ -73,7 +73,9 @@ def not_finite(engine: Engine, sequence: Sequence) -> Fp4rtError:
     while sequence.remembered <= position:
         count = min(engine.scheduler.step_tokens, position + 1 - sequence.remembered)
         engine.cache.trim(sequence.held, sequence.remembered)
-        engine.cache.grow(sequence.held, sequence.remembered + count)
+        if not engine.cache.grow(sequence.held, sequence.remembered + count):  # others hold what it shared with them
+            return Fp4rtError("checkpoint", f"the logits at position {position} hold NaN or infinity; the weights of a "
+                              "layer or the head are damaged, or their scales are")
         batch = engine.ops.batch(make_batch([(sequence, count)], [count - 1]))
         for name, h in engine.model.residuals(batch, engine.cache.layers):
             if not engine.ops.is_finite(h):
@@ -90,9 +92,11 @@ def not_finite(engine: Engine, sequence: Sequence) -> Fp4rtError:
 def _held(engine: Engine, ids: list[int]) -> Iterator[Sequence]:
     """A sequence whose prompt is looked at and not continued; what it holds is given back."""
     prompt = Sequence(list(ids), Sampling(), 0, frozenset(), len(ids))
+    engine.scheduler.scored = prompt
     try:
         yield prompt
     finally:
+        engine.scheduler.scored = None
         engine.cache.give_back(prompt.held)
 
 

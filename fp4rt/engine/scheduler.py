@@ -27,7 +27,7 @@ class Scheduler:
     prompt is always under way and never holds up a short one. Sequences are admitted in their order, once their
     prompts' pages are free beside what earlier prompts still need. A sequence takes more pages as it grows. When none
     are left the newest running sequence gives its pages back and is computed again later; the oldest one always fits,
-    since the cache holds at least one sequence of full length.
+    since the cache holds at least one sequence of full length, unless a scored prompt holds pages: then it waits, too.
     """
 
     def __init__(self, cache: Cache, max_sequences: int, step_tokens: int, speculate: int = 0):
@@ -35,6 +35,7 @@ class Scheduler:
         self.speculate = speculate
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.scored: Sequence | None = None  # a prompt that is looked at beside them and keeps what it holds
         self.preemptions = self.drafted = self.accepted = 0  # accepted: of the drafted tokens
         self.prompt_tokens_asked = self.prompt_tokens_found = 0  # of admitted prompts; found: in the prefix cache
 
@@ -73,7 +74,7 @@ class Scheduler:
         """Give a running sequence pages for its first `tokens` tokens, preempting newer ones; False if it had to go."""
         self.cache.trim(sequence.held, sequence.remembered)
         while not self.cache.grow(sequence.held, tokens):
-            if self.running[-1] is self.running[0]:
+            if self.running[-1] is self.running[0] and self.scored is None:
                 raise Fp4rtError("memory", f"{tokens} tokens do not fit the K/V cache of {self.cache.tokens} tokens")
             newest = self.running.pop()
             self._forget(newest)
@@ -117,7 +118,10 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Let waiting sequences run, in their order, as far as their prompts' pages are free."""
-        promised = [sum(group) for group in zip(*(self._needs(s) for s in self.running if not s.decoding))]
+        if self.scored is not None and not self.scored.held.slot:
+            return  # the next slot is for it
+        before = [s for s in (*self.running, self.scored) if s is not None and not s.decoding]
+        promised = [sum(group) for group in zip(*map(self._needs, before))]
         while self.waiting and len(self.running) < self.max_sequences and self.cache.has_slot:
             head = self.waiting[0]
             if head.ahead:  # it was preempted, and what it drew before has to be read first
@@ -125,7 +129,8 @@ class Scheduler:
             head.remembered = self.cache.attach(head.held, head.ids, head.cache_salt)
             needs = self._needs(head)
             total = [a + b for a, b in zip(promised, needs)] if promised else needs
-            if self.running and not self.cache.fits([n + len(self.running) for n in total]):  # room for all to grow
+            alone = not self.running and self.scored is None
+            if not alone and not self.cache.fits([n + len(self.running) for n in total]):  # room for all to grow
                 self.cache.give_back(head.held)
                 head.remembered = 0
                 return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -119,7 +119,9 @@ class Sequence:
     def sampler_row(self, drafts: int = 0) -> SamplerRow:
         """How the token after the first so many drafts is drawn; after none, what was seen must be in `history`."""
         s = self.sampling
-        seen = (self.ids[:self.prompt_length], self.generated + self.drafts[:drafts]) if drafts else ((), ())
-        return SamplerRow(s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty, s.presence_penalty,
-                          s.frequency_penalty, self.seed, self.length - self.prompt_length + drafts, *seen,
-                          s.logit_bias, history=None if drafts else self.history)
+        row = SamplerRow(s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty, s.presence_penalty,
+                         s.frequency_penalty, self.seed, self.length - self.prompt_length + drafts, (), (),
+                         s.logit_bias, history=None if drafts else self.history)
+        if drafts and row.penalised:
+            return replace(row, prompt=self.ids[:self.prompt_length], generated=self.generated + self.drafts[:drafts])
+        return row

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from fp4rt.checkpoint import read_json
 from fp4rt.errors import Fp4rtError
-from fp4rt.text.reasoning import PROMPT_TAIL, Kind, Piece, Splitter, make_splitter, switch_thinking
+from fp4rt.text.reasoning import PROMPT_TAIL, Kind, Piece, Splitter, make_splitter, name_thoughts, switch_thinking
 from fp4rt.text.stream import StopStrings, TextStream, TokenBytes
 from fp4rt.text.template import ChatTemplate, find_template
 from fp4rt.text.tools import Tool, ToolCall, ToolFormat, ToolSplitter, find_format
@@ -109,7 +109,7 @@ class Text:
                                                 "only text is taken, no images or audio")
         if think is not None:
             messages, arguments = switch_thinking(think, self.template.interest(bool(tools)), messages, arguments)
-        return self.template.render({**self.special_tokens, "messages": list(messages), "tools": tools,
+        return self.template.render({**self.special_tokens, "messages": [*map(name_thoughts, messages)], "tools": tools,
                                      "documents": None, "add_generation_prompt": add_generation_prompt, **arguments})
 
     def encode_chat(self, messages: Sequence[dict[str, Any]], /, **arguments: Any) -> list[int]:

@@ -75,6 +75,17 @@ def _with_marker(messages: Sequence[Message], marker: str, opposite: str) -> lis
     return [{**messages[0], "content": content}, *messages[1:]]
 
 
+def name_thoughts(message: Message) -> Message:
+    """A message with its "reasoning_content" under the name that gpt-oss's template reads, too: "thinking".
+
+    As HF transformers does; but not beside both content and a call, which that template would refuse.
+    """
+    thought = message.get("reasoning_content")
+    if not thought or message.get("content") and message.get("tool_calls"):
+        return message
+    return {"thinking": thought, **message}
+
+
 # -- Splitting ------------------------------------------------------------------------------------------------------
 
 

@@ -247,7 +247,7 @@ def read_mistral(body: str, tools: dict[str, Tool]) -> list[ToolCall]:
     """A list of calls, or NAME[CALL_ID]ID[ARGS]{...} with the id and [ARGS] left out by some versions."""
     if body.lstrip().startswith("["):
         return read_json(body, tools)
-    match = re.fullmatch(r"\s*([\w.-]+)\s*(?:\[CALL_ID\][^\[{]*)?(?:\[ARGS\])?\s*(\{.*\})\s*", body, re.DOTALL)
+    match = re.fullmatch(r"([\w.-]+)\s*(?:\[CALL_ID\][^\[{]*)?(?:\[ARGS\]\s*)?(\{.*\})", body.strip(), re.DOTALL)
     if match is None:
         raise ValueError("no call")
     return [_call({"name": match[1], "arguments": match[2]})]
@@ -258,10 +258,10 @@ def read_xml(body: str, tools: dict[str, Tool]) -> list[ToolCall]:
     if body.lstrip().startswith(("{", "[")):
         return read_json(body, tools)
     calls = []
-    for name, inside in re.findall(r"<function=([^>\s]+)>(.*?)(?:</function>|$)", body, re.DOTALL):
+    for name, inside in re.findall(r"<function=([^<>\s]+)>(.*?)(?:</function>|$)", body, re.DOTALL):
         properties = tools[name].parameters.get("properties", {}) if name in tools else {}
         values = {}
-        for key, text in re.findall(r"<parameter=([^>]+)>(.*?)(?:</parameter>|(?=<parameter=)|$)", inside, re.DOTALL):
+        for key, text in re.findall(r"<parameter=([^<>]+)>(.*?)(?:</parameter>|(?=<parameter=)|$)", inside, re.DOTALL):
             text = text.removeprefix("\n").removesuffix("\n")
             values[key] = text if takes_text(properties.get(key, {})) else _value(text)
         calls.append(_made(name, values))
@@ -280,7 +280,9 @@ def takes_text(schema: Any) -> bool:
 
 def _value(text: str) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        _made("", {"": value})
+        return value
     except ValueError:
         return {"True": True, "False": False, "None": None}.get(text.strip(), text)
 

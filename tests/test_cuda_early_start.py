@@ -38,7 +38,7 @@ class Late:
     def __init__(self, gpu, monkeypatch: pytest.MonkeyPatch):
         from fp4rt.ops.cuda.launch import Kernel
 
-        self.gpu, self.module, self.count = gpu, cupy.RawModule(code=SOURCE), 0
+        self.gpu, self.module, self.count, self.cycles = gpu, cupy.RawModule(code=SOURCE), 0, CYCLES
         self.pending: list[tuple[cupy.ndarray, cupy.ndarray]] = []
         upload, call = gpu.upload, Kernel.__call__
 
@@ -72,7 +72,7 @@ class Late:
             if array.nbytes % 16:  # the rest is not late
                 self.gpu.copy(kept[whole * 16:array.nbytes], array.reshape(-1).view(np.uint8)[whole * 16:])
             self.module.get_function("late")((1,), (1024,), (kept, array, np.int32(whole), np.int64(
-                CYCLES if i == len(self.pending) - 1 else 0)), stream=self.gpu.stream)
+                self.cycles if i == len(self.pending) - 1 else 0)), stream=self.gpu.stream)
             self.count += 1
         self.pending.clear()
 
@@ -104,6 +104,7 @@ def test_a_kernel_that_does_not_wait_is_too_early(ops, late):
     found = gpu.zeros(1, np.uint32)
     hasty = Kernel(gpu, late.module.get_function("hasty").kernel, "hasty")
     hasty(1, 1, data, found, pdl=True)  # loads it
+    late.cycles = 100 * CYCLES  # for a host that other work keeps from launching at once
     late.delay(data)
     hasty(1, 1, data, found, pdl=True)
     assert gpu.fetch(found).result()[0] == 0xFFFFFFFF

@@ -166,6 +166,9 @@ class LLM:
     @property
     def engine(self) -> Engine:
         """What runs the sequences. Raises Fp4rtError once this LLM is closed."""
+        return self._check_open()
+
+    def _check_open(self) -> Engine:
         engine = self._engine  # another thread may close it now
         if engine is None:
             raise Fp4rtError("request", "this LLM is closed")
@@ -180,7 +183,7 @@ class LLM:
     @property
     def text(self) -> Text:
         """Tokenizer, chat template and stop ids. Raises Fp4rtError where the checkpoint has no tokenizer."""
-        self.engine  # raises once it is closed
+        self._check_open()
         if self._text is None:
             self._text = Text(self.checkpoint.path, self.checkpoint.config)
         return self._text
@@ -319,7 +322,7 @@ class LLM:
         try:
             while True:
                 with self._working:
-                    self.engine  # raises once it is closed
+                    self._check_open()
                     event = next(events, None)
                 if event is None:
                     return
@@ -331,7 +334,7 @@ class LLM:
     @contextmanager
     def turn(self) -> Iterator[None]:
         """One call at a time; a second one from the same thread would wait for itself, so it is refused."""
-        self.engine  # raises once it is closed
+        self._check_open()
         if self._owner == threading.get_ident():
             raise Fp4rtError("request", "a stream of this LLM is still open in this thread; finish or close it first")
         with self._lock:

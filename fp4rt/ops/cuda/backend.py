@@ -19,7 +19,8 @@ from fp4rt.ops import AttentionShape, MambaShape, Routing, SamplerRow
 from fp4rt.ops.cuda import (attention, batch, embedding, experts, layouts, linear, logprobs, mamba, merge, per_layer,
                             rms_norm, route, sample, warpgroup)
 from fp4rt.ops.cuda.activation import Activation
-from fp4rt.ops.cuda.device import Device, Fetched
+from fp4rt.ops.cuda.copies import Fetched
+from fp4rt.ops.cuda.device import Device
 
 _BESIDE_TOKENS = 256  # of more, whatever is launched fills the chip by itself
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 import fp4rt
+from fp4rt.checkpoint import Checkpoint
 from fp4rt.errors import Fp4rtError
 from tiny import SIZES, make_checkpoint
 
@@ -338,6 +340,26 @@ def test_a_global_scale_whose_reciprocal_overflows(good, tmp_path):
     path = copy(good, tmp_path, "NVFP4/packed")
     set_bytes(path, f"{Q}.weight_global_scale", f32(1e-45))
     refused(path, f"{Q}.weight_global_scale")
+
+
+def test_of_checks_that_threads_take_together_the_first_to_fail_speaks(good):
+    checkpoint, looked = Checkpoint(good["BF16"]), []
+
+    def look(i: int, fails: tuple[int, ...]) -> None:
+        looked.append(i)
+        if i in fails:
+            raise Fp4rtError("checkpoint", f"tensor {i}")
+
+    for i in range(150):
+        checkpoint.check(partial(look, i, (70, 140)))
+    with pytest.raises(Fp4rtError, match="tensor 70$"):
+        checkpoint.finish_checks()
+    assert {*range(71)} <= {*looked}
+    looked.clear()
+    for i in range(65):
+        checkpoint.check(partial(look, i, ()))
+    checkpoint.finish_checks()
+    assert sorted(looked) == [*range(65)]
 
 
 @pytest.mark.parametrize("code, mention", [(0x7F, "NaN"), (0xFF, "NaN"), (0xB8, "negative")])

@@ -70,8 +70,10 @@ def test_memory_given_back_meanwhile_is_not_handed_out(ops):
     assert gpu.scratch(1000, np.float32).data.ptr == address
 
 
-@pytest.mark.parametrize("tokens", (1, 8, 40))
-def test_a_router_beside_a_linear_changes_nothing(ops, tokens):
+@pytest.mark.parametrize("tokens", (1, 8, 40, 300))
+def test_a_router_beside_a_linear_changes_nothing(ops, monkeypatch, tokens):
+    part, parted = ops.gpu.beside, []
+    monkeypatch.setattr(ops.gpu, "beside", lambda: parted.append(tokens) or part())
     rng = np.random.default_rng(tokens)
     hidden, inner, count = 512, 256, 16
 
@@ -100,3 +102,4 @@ def test_a_router_beside_a_linear_changes_nothing(ops, tokens):
             results.append(ops.gpu.fetch(run()).result())
     for result in results:
         np.testing.assert_array_equal(result, results[0])
+    assert bool(parted) == (tokens <= 256)  # more fill the chip by themselves

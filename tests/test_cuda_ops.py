@@ -172,6 +172,20 @@ def test_blocks_that_share_rows_leave_nothing_behind(ops):
         assert not ops.fetch(buffer).result().any()
 
 
+@pytest.mark.parametrize("tokens", (1, 3, 8))
+def test_bits_do_not_depend_on_how_many_row_tiles_a_block_takes(ops, monkeypatch, tokens):
+    """On a chip of six multiprocessors a block takes so many that its warps add up several, each after the last one."""
+    case = LinearCase(tokens, (("NVFP4", 1700),), 14336)
+    parts, x, *_ = case.build()
+    weight, given = ops.linear_weight(parts), activation(ops, x)
+    expected = values(ops, ops.linear(given, weight))
+    monkeypatch.setattr(ops.gpu, "sm_count", 6)
+    for _ in range(3):
+        np.testing.assert_array_equal(values(ops, ops.linear(given, weight)), expected)
+    for buffer in ops.gpu._handed_over.values():
+        assert not ops.fetch(buffer).result().any()
+
+
 @pytest.mark.parametrize("kind", ["NVFP4", "FP8", "BF16"])
 def test_nothing_overflows_however_large_the_weights(ops, kind: str):
     from cases import make_weight

@@ -22,7 +22,7 @@ from fp4rt.ops.cuda.activation import Activation
 from fp4rt.ops.cuda.copies import Fetched
 from fp4rt.ops.cuda.device import Device
 
-_BESIDE_TOKENS = 256  # of more, whatever is launched fills the chip by itself
+_BESIDE_TOKENS = 256  # measured up to 32, where it gains 3 % of a step; a prompt of thousands fills the chip by itself
 
 
 def _on_device(cls: type) -> type:

@@ -62,7 +62,7 @@ struct Merged {
 // without HEAD_DIM), and the block that finishes last adds them; `tickets` [S, gridDim.x] is zero before and after.
 // Both add alike, chunk by chunk, so neither clusters nor SMALL change a result.
 //
-// SMALL blocks are for grids of more blocks than the chip has multiprocessors: four share one, and two find places
+// SMALL blocks are for grids of more blocks than half the chip's multiprocessors: four share one, and two find places
 // beside a linear's block and begin to read while it computes. They bring nothing to L2 ahead: for Llama-3.1-8B's eight
 // sequences that cost 2 us of a layer, as it takes the linear bandwidth.
 //

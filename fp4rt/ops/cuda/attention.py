@@ -155,8 +155,8 @@ def _decode(device: Device, qkv: Activation, batch: DeviceBatch, pages: Pages, s
         turns = min(turns, -(-shape.window // turn) + 1)
     spread, short, most = _chunking(blocks, sequences, (256 if dim <= 256 else 128) // turn)
     chunks = min(turns, most, max(spread, -(-turns // short)))
-    # More blocks than multiprocessors should find room beside each other; wide heads gain nothing by large ones.
-    small = sequences <= 8 and (sequences * blocks * chunks > device.sm_count or dim > 128)
+    # Many blocks should find room beside each other and a linear's; wide heads gain nothing by large ones.
+    small = sequences <= 8 and (2 * sequences * blocks * chunks > device.sm_count or dim > 128)
     plan = _Decode.of(dim, tiles, rows, pages.keys.itemsize, device.capability, chunks, small)
     slots = sequences * blocks * chunks * rows if plan.cluster == 1 else 0
     partial = device.scratch((slots, dim), np.float32)

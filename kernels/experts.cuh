@@ -1,15 +1,16 @@
 // Linears of which every token uses a few out of many: expert e's tiles, row scales and bias lie behind those of e - 1.
 // Included by linear.cuh.
 //
-// Few tokens (up to 8), each with `slots` experts, which are distinct. Block (i, pair) computes ROW_TILES row tiles of
-// the expert of a pair of token and slot, for all tokens that chose it: they are columns of one mma, a column for each
-// token, and only the block of the first of them works; the others find that out before they fetch anything. A block's
-// warps take the tiles in turn and their sums are added in warp order, so a result depends on nothing but its own token.
-// Many warps with few registers hide the way from memory better than tiles fetched ahead, and what a block does besides
-// its few tiles is kept short.
+// Few tokens, each with `slots` experts, which are distinct. Up to 8 find those that share an expert themselves: block
+// (i, pair) computes ROW_TILES row tiles of the expert of a pair of token and slot, for all tokens that chose it: they
+// are columns of one mma, a column for each token, and only the block of the first of them works; the others find that
+// out before they fetch anything. More tokens are grouped by expert first (kernels/experts.cu), and block (i, j) takes
+// the up to 8 pairs of blocks[j]. A block's warps take the tiles in turn and their sums are added in warp order, so a
+// result depends on nothing but its own token. Many warps with few registers hide the way from memory better than tiles
+// fetched ahead, and what a block does besides its few tiles is kept short.
 //
-// Without `shares`, row token * slots + slot of the output is an expert's result. With them, row token is their sum
-// times `shares` in the order of the slots. A block hands each number over with a mark beside it, in one store, and
+// Without `shares`, row token * slots + slot of the output is an expert's result, or grouped, row i the i-th pair's. With
+// them, row token is the sum of results times `shares` in the order of the slots. A block hands each number over with a mark beside it, in one store, and
 // leaves; a fence and a count would keep it on the chip for two more ways to memory. Behind the last pair, `adders`
 // blocks wait for the numbers: at most one for each SM, where others have room beside it, so that these get on in
 // whatever order they begin. They wait for every slot, so two slots of a token with one expert would never end:
@@ -21,6 +22,12 @@ struct Choices {
     const float* shares;              // [tokens][slots], or null
     unsigned long long* handed_over;  // [tokens][row tiles][slots][16], zero between kernels, or null
     int adders;                       // blocks that add, or 0
+};
+
+// Pairs grouped by expert: blocks[j] says what blocks (i, j) compute, {expert, first pair, end}; first = end: nothing.
+struct Grouped {
+    const int4* blocks;
+    const int* rows;  // of the activations, for each pair; null: its own
 };
 
 // The columns of a row of K that a lane multiplies tile kt by; past the row's end, where weights are zero, any of it.
@@ -88,30 +95,37 @@ __device__ __forceinline__ void add_slots(int row_tiles, const Choices& c, const
     }
 }
 
-// Weights of known experts are fetched before the predecessor is done. With `shares` all are known, as ids were ready
-// before the predecessor began: a kernel between the one that wrote them and this one let its dependents begin after
-// its own wait (in its blocks of chosen experts). A block that has nothing to do leaves without a wait: its grid is done
-// when the others are. Dynamic shared memory: 4 bytes of each pair.
-template <class Tile, int WARPS, int ROW_TILES>
+// Weights of known experts are fetched before the predecessor is done. With `shares`, or grouped without `rows`, all are
+// known, as ids or blocks were ready before the predecessor began: a kernel between the one that wrote them and this one
+// let its dependents begin after its own wait (in its blocks of chosen experts). A block that has nothing to do leaves
+// without a wait: its grid is done when the others are. Dynamic shared memory: 4 bytes of each pair, unless GROUPED.
+template <class Tile, int WARPS, int ROW_TILES, bool GROUPED>
 __device__ __forceinline__ void chosen_experts(const unsigned char* weights, const __half* x, int x_slots, int K,
-                                               int row_tiles, const Choices& c, const Epilogue& e) {
+                                               int row_tiles, const Choices& c, const Grouped& grouped,
+                                               const Epilogue& e) {
     extern __shared__ int ids[];  // as c.ids
     __shared__ float sums[WARPS][ROW_TILES][8 * 16];  // of 16 rows of each token
     __shared__ float4 scales[ROW_TILES * 4], biases[ROW_TILES * 4];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, row = lane % 16;
     const int pair = blockIdx.y, k_tiles = (K + Tile::K - 1) / Tile::K;
-    if (pair == c.tokens * c.slots) {
+    if (!GROUPED && pair == c.tokens * c.slots) {
         if (blockIdx.x < c.adders) add_slots<WARPS>(row_tiles, c, e);
         return;
     }
     // Which of the experts that all tokens take this block computes, if not below 0.
-    const int beyond = c.always ? pair % c.slots - (c.slots - c.always) : -1;
+    const int beyond = !GROUPED && c.always ? pair % c.slots - (c.slots - c.always) : -1;
     if (beyond >= 0 && pair >= c.slots) return;  // the first token's block works
-    const bool is_known = c.shares || beyond >= 0;
+    const bool is_known = GROUPED ? !grouped.rows : c.shares || beyond >= 0;
     if (!is_known) wait_for_predecessor();
 
-    int expert, slot, first_token = 0, first_slot = pair;  // slot: of token g with this expert, or -1
-    if (beyond >= 0) {
+    // slot: of token g with this expert, or -1. Grouped, a column stands for a pair: the g-th one, or -1.
+    int expert, slot, first_token = 0, first_slot = pair, columns = c.tokens;
+    if (GROUPED) {
+        const int4 block = __ldcg(grouped.blocks + pair);
+        expert = block.x, columns = block.z - block.y, first_slot = block.y;
+        if (!columns) return;
+        slot = g < columns ? block.y + g : -1;
+    } else if (beyond >= 0) {
         expert = c.routed + beyond;
         slot = g < c.tokens ? pair : -1;
     } else {
@@ -161,7 +175,11 @@ __device__ __forceinline__ void chosen_experts(const unsigned char* weights, con
     if (is_known) wait_for_predecessor();
 
     const int token = slot < 0 ? first_token : g;  // columns that are not wanted repeat one that is
-    const unsigned column = (x_slots ? token * x_slots + (slot < 0 ? first_slot : slot) : token) * K;
+    unsigned column = (x_slots ? token * x_slots + (slot < 0 ? first_slot : slot) : token) * K;
+    if (GROUPED) {
+        const int own = slot < 0 ? first_slot : slot;
+        column = (grouped.rows ? grouped.rows[own] : own) * K;
+    }
     float acc[ROW_TILES][1][4] = {};
 #pragma unroll 1
     for (int kt = warp; kt < k_tiles; kt += WARPS) {
@@ -184,7 +202,7 @@ __device__ __forceinline__ void chosen_experts(const unsigned char* weights, con
 
     const bool gated = is_gated(e.activation);
 #pragma unroll 1
-    for (int i = warp; i < (c.tokens + 1) / 2 * ROW_TILES; i += WARPS) {  // two tokens: 16 lanes each
+    for (int i = warp; i < (columns + 1) / 2 * ROW_TILES; i += WARPS) {  // two tokens: 16 lanes each
         const int r = i % ROW_TILES, of_row_tile = row_tile + r, of = i / ROW_TILES * 2 + lane / 16;
         const int feature = gated ? of_row_tile * 8 + row % 8 : of_row_tile * 16 + row;
         const int of_slot = __shfl_sync(~0u, slot, of * 4);
@@ -193,7 +211,7 @@ __device__ __forceinline__ void chosen_experts(const unsigned char* weights, con
 #pragma unroll
         for (int w = 0; w < WARPS; w++) value += sums[w][r][of * 16 + row];
         value = value * ((&scales[r * 4].x)[row] * e.in_factor) + (e.bias ? (&biases[r * 4].x)[row] : 0.0f);
-        if (c.shares) {
+        if (!GROUPED && c.shares) {
             const size_t to = ((size_t)(of * row_tiles + of_row_tile) * c.slots + of_slot) * 16 + row;
             if (of_slot >= 0)
                 static_cast<volatile unsigned long long*>(c.handed_over)[to] = HANDED_OVER | __float_as_uint(value);
@@ -203,7 +221,7 @@ __device__ __forceinline__ void chosen_experts(const unsigned char* weights, con
         if (gated) value = gated_product(value, up, e.activation);
         else if (e.activation == RELU2) value = relu2(value);
         if (of_slot >= 0 && feature < e.features && !(gated && row >= 8))
-            store(e, of * c.slots + of_slot, feature, value, 0.0f);
+            store(e, GROUPED ? of_slot : of * c.slots + of_slot, feature, value, 0.0f);
     }
 }
 

@@ -202,7 +202,13 @@ __device__ __forceinline__ void record_norm(float sum, unsigned* largest) {
                     unsigned long long* handed_over, int adders, EPILOGUE_PARAMETERS) {                                \
         const Choices choices = {ids, tokens, slots, always, routed, shares, handed_over, adders};                     \
         const Epilogue e = EPILOGUE;                                                                                   \
-        chosen_experts<Tile, EXPERT_WARPS, EXPERT_ROW_TILES>(weights, x, x_slots, K, row_tiles, choices, e);           \
+        chosen_experts<Tile, EXPERT_WARPS, EXPERT_ROW_TILES, false>(weights, x, x_slots, K, row_tiles, choices, {}, e);\
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(EXPERT_WARPS * 32, EXPERT_BLOCKS(Tile))                               \
+        few_grouped(const unsigned char* weights, const __half* x, const int* rows, const int4* blocks, int K,         \
+                    int row_tiles, EPILOGUE_PARAMETERS) {                                                              \
+        const Epilogue e = EPILOGUE;                                                                                   \
+        chosen_experts<Tile, EXPERT_WARPS, EXPERT_ROW_TILES, true>(weights, x, 0, K, row_tiles, {}, {blocks, rows}, e);\
     }
 #else
 #define LINEAR_ENTRIES(Tile)                                                                                           \

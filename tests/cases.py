@@ -227,7 +227,18 @@ class ExpertsCase:
         return up, down, x, ids, weights, norm, residual
 
 
+# More than 8 tokens, but few for each expert.
+SPREAD_EXPERTS = [
+    *[ExpertsCase(t, 40, 4, 160, 112) for t in (10, 16, 23, 60)],
+    ExpertsCase(24, 32, 4, 2304, 1600, "MXFP4", activation="swiglu_oai", bias=True),
+    ExpertsCase(37, 30, 3, 160, 112, activation="gelu_tanh", residual=False),
+    ExpertsCase(13, 48, 22, 112, 80, activation="relu2", norm=False, residual=False),
+    *[ExpertsCase(12, 12, 3, 96, 112, kind) for kind in ("FP8", "FP8/channel", "FP8/128x128", "BF16", "F16", "F32")],
+    ExpertsCase(13, 12, 2, 96, 80, "NVFP4", "BF16", pre_quant_scale=True), ExpertsCase(11, 12, 2, 99, 50, "BF16"),
+    ExpertsCase(30, 34, 5, 160, 112, activation="relu2", always=2),  # four blocks of one expert
+]
 EXPERTS = [
+    *SPREAD_EXPERTS,
     *[ExpertsCase(t, 8, 2, 96, 80) for t in (1, 2, 8, 9, 40, 300)],
     *[ExpertsCase(t, 16, 4, 160, 112, residual=False) for t in (1, 5, 33)],
     *[ExpertsCase(t, 8, 4, 96, 96, "MXFP4", activation="swiglu_oai", bias=True) for t in (1, 7, 70)],

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from cases import ACTIVATED, EXPERTS, ROUTE, ExpertsCase, LinearCase, RouteCase, make_weight, mxfp4
+from cases import ACTIVATED, EXPERTS, ROUTE, SPREAD_EXPERTS, ExpertsCase, LinearCase, RouteCase, make_weight, mxfp4
 from test_cuda_ops import activation, deterministic, ops, residual_stream, values  # noqa: F401
 
 from fp4rt.errors import Fp4rtError
@@ -250,6 +250,15 @@ def test_a_token_in_any_company_up_to_eight_gives_the_same_bits(ops, case: Exper
     for count in range(1, 8):
         part, _ = run(ops, case, slice(8 - count, 8), weights)
         np.testing.assert_array_equal(values(ops, part), together[8 - count:])
+
+
+@pytest.mark.parametrize("case", SPREAD_EXPERTS, ids=str)
+def test_more_tokens_that_spread_over_experts_have_the_bits_of_eight(ops, case: ExpertsCase):  # noqa: F811
+    together, weights = run(ops, case)
+    together = values(ops, together)
+    for start in range(0, case.tokens, 8):
+        rows = slice(start, min(start + 8, case.tokens))
+        np.testing.assert_array_equal(values(ops, run(ops, case, rows, weights)[0]), together[rows])
 
 
 @pytest.mark.parametrize("case", [case for case in EXPERTS if case.tokens in (9, 33, 70, 600)], ids=str)

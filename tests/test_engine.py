@@ -14,6 +14,7 @@ import pytest
 import fp4rt
 from backends import BACKENDS
 from fp4rt.batch import PAGE_TOKENS
+from fp4rt.engine.recorded import decode_sizes, room_for
 from fp4rt.loading import different_layers
 from fp4rt.room import reserve_workspace
 
@@ -322,6 +323,26 @@ def test_a_step_that_fills_its_sizes_is_recorded_without_anyone_besides(watched:
     assert {sizes.sequences for sizes, step in watched.engine._recorded.items() if step and sizes.tokens == 64} == {1}
     watched.ops.lookahead = 0
     assert found == [watched.generate(one, greedy(5))[0].ids for one in ids]
+
+
+def test_a_recorded_step_has_room_for_little_more_than_decode():
+    rooms = [room_for(count) for count in range(1, 1025)]
+    assert rooms[:17] == [1, 2, 3, 4, 5, 6, 7, 8, 10, 10, 12, 12, 14, 14, 16, 16, 20] and rooms == sorted(rooms)
+    assert all(count <= room < 1.25 * count for count, room in enumerate(rooms, 1))
+    assert len(set(rooms)) == 8 + 4 * 7 and [room_for(room) for room in rooms] == rooms
+    assert decode_sizes(1) == [1] and decode_sizes(21) == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 21]
+
+
+def test_sequences_decode_in_steps_of_the_next_size():
+    with fp4rt.load(CHECKPOINT, device="reference", max_model_len=128, kv_tokens=4096, max_num_seqs=13) as llm:
+        llm.ops.lookahead, asked = 3, prompts(13, 20)
+        found = {}
+        for count in (5, 9, 13):
+            llm.engine._recorded.clear()
+            found[count] = [output.ids for output in llm.generate(asked[:count], greedy(30))]
+            sizes = {sizes for sizes in llm.engine._recorded if sizes.tokens == sizes.sequences}
+            assert max(size.sequences for size in sizes) == {5: 5, 9: 10, 13: 13}[count]
+        assert found[13][:9] == found[9] and found[9][:5] == found[5]
 
 
 @pytest.mark.parametrize("context", [2, 16])

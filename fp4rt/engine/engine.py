@@ -12,7 +12,7 @@ import numpy as np
 from fp4rt.batch import PAGE_TOKENS
 from fp4rt.cache import Cache
 from fp4rt.engine import prompt
-from fp4rt.engine.recorded import Recorded, Sizes, make_batch
+from fp4rt.engine.recorded import Recorded, Sizes, decode_sizes, make_batch, room_for
 from fp4rt.engine.rehearsal import rehearse
 from fp4rt.engine.scheduler import LOGITS_ROWS, Scheduler, Step, most_rows
 from fp4rt.engine.sequence import Sequence, TokenLogprobs
@@ -27,7 +27,7 @@ LARGE = 256          # tokens of a step that takes so long that beginning the ne
 SMALL = 512          # tokens of a step that the host takes longer to launch than the device to compute: it is recorded
 ROUND = 64           # so many tokens more than the next smaller one, unless it only decodes
 ROUND_GUESSES = 8    # or has guesses, each of which has its row of logits
-RECORDED = 48        # recorded steps that are kept
+RECORDED = 64        # recorded steps that are kept
 SHORTEST_TABLE = 16  # pages of a sequence that a step is recorded for at least
 
 Event = tuple[Sequence, int]
@@ -84,8 +84,7 @@ class Engine:
         rehearse(self, nobody, layers)
         if not self.ops.lookahead:
             return
-        for power in range(self.scheduler.max_sequences.bit_length() + 1):
-            size = min(1 << power, self.scheduler.max_sequences)
+        for size in decode_sizes(self.scheduler.max_sequences):
             self._record(Sizes(size, SHORTEST_TABLE, size, False), [(nobody, 1)], [None])
 
     def submit(self, sequence: Sequence) -> None:
@@ -223,7 +222,7 @@ class Engine:
         told = any(sequence is not None and sequence.top_logprobs is not None for sequence in drawing)
         decoding, guessed = all(s.decoding for s, _ in step), any(s.drafts for s, _ in step)
         if decoding and not guessed:
-            size = count if exact else min(_power_of_two(count), self.scheduler.max_sequences)
+            size = count if exact else min(room_for(count), self.scheduler.max_sequences)
             sizes = Sizes(size, width, size, told)
         else:
             size = min(_power_of_two(count + 1), self.scheduler.max_sequences + 1)  # one takes what tokens are left

@@ -59,6 +59,18 @@ class Sizes(NamedTuple):
     guessed: bool = False
 
 
+def room_for(count: int) -> int:
+    """How many sequences a recorded step has room for in which `count` decode: as many up to 8, then up to a quarter
+    more (numbers of three significant bits), because it takes the time of all that it has room for."""
+    grain = max(1, (1 << (count - 1).bit_length()) // 8)
+    return -(-count // grain) * grain
+
+
+def decode_sizes(most: int) -> list[int]:
+    """The rooms of all recorded steps that decode, where at most so many sequences run."""
+    return sorted({min(room_for(count), most) for count in range(1, most + 1)})
+
+
 class Recorded:
     """A recorded step that draws after each sequence's last token, or every one; one that decodes feeds itself.
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fp4rt.batch import PAGE_TOKENS
-from fp4rt.engine.recorded import make_batch
+from fp4rt.engine.recorded import decode_sizes, make_batch
 from fp4rt.engine.scheduler import most_rows
 from fp4rt.engine.sequence import Sequence as Tokens
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 GRAIN = 16     # tokens: kernels are chosen by how many blocks there are of so many, or of a multiple
 COARSE = 1024  # tokens from which on four times as many seldom make a difference
-FEW = 8        # sequences for each number of which something else may be chosen
 WIDEST = 128   # pages of a sequence: longer ones run the same kernels
 
 
@@ -45,7 +44,6 @@ def sizes(engine: Engine) -> Iterator[tuple[int, int, int, list[int] | None]]:
     longest = engine.scheduler.step_tokens
     for tokens in (*range(GRAIN, min(longest, COARSE) + GRAIN, GRAIN), *range(COARSE, longest + GRAIN, 4 * GRAIN)):
         yield 2, -(-tokens // PAGE_TOKENS), tokens, list(range(min(tokens, rows)))
-    for count in sorted({*range(1, FEW + 1), *(1 << power for power in range(most.bit_length())), most}):
+    for count in decode_sizes(most):
         for power in range(min(WIDEST, engine.cache.tokens // PAGE_TOKENS).bit_length()):
-            if count <= most:
-                yield count, 1 << power, count, None
+            yield count, 1 << power, count, None

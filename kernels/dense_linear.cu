@@ -34,13 +34,15 @@ LINEAR_ENTRIES(DenseTile)
 #ifdef FEW_WARPS
 enum Source { BF16 = 0, F16 = 1, F32 = 2 };
 
-// Rows as they lie in a checkpoint ([rows][K] of `source`, from row `row` of the part) into tiles, scaled so that the
-// largest value of a row lies in [2^14, 2^15). One block per row. `largest`: the largest squared norm of a row.
+// Rows as they lie in a checkpoint ([experts][rows][K] of `source`, from row `row` of the part) into the tiles of experts
+// of row_tiles each, scaled so that the largest value of a row lies in [2^14, 2^15). grid (rows, experts). largest
+// [experts]: the largest squared norm of a row.
 extern "C" __global__ void repack(const void* data, int source, unsigned char* tiles, int row, int K, int first,
-                                  int gated_part, float* row_scale, unsigned* largest) {
+                                  int gated_part, int row_tiles, float* row_scale, unsigned* largest) {
     __shared__ float warps[32];
     const int packed = packed_row(row + blockIdx.x, first, gated_part), k_tiles = (K + DENSE_K - 1) / DENSE_K;
-    const size_t start = (size_t)blockIdx.x * K;
+    const size_t start = ((size_t)blockIdx.y * gridDim.x + blockIdx.x) * K;
+    tiles += (size_t)blockIdx.y * row_tiles * k_tiles * DenseTile::BYTES;
     auto value = [&](int k) {
         if (k >= K) return 0.0f;
         if (source == F32) return reinterpret_cast<const float*>(data)[start + k];
@@ -70,7 +72,7 @@ extern "C" __global__ void repack(const void* data, int source, unsigned char* t
             *reinterpret_cast<__half2*>(at + DENSE_PLANE) = __floats2half2_rn(v[0] * up - h.x, v[1] * up - h.y);
         }
     }
-    if (threadIdx.x == 0) row_scale[packed] = down;
-    record_norm(sum, largest);
+    if (threadIdx.x == 0) row_scale[(size_t)blockIdx.y * row_tiles * 16 + packed] = down;
+    record_norm(sum, largest + blockIdx.y);
 }
 #endif

@@ -52,13 +52,16 @@ struct Fp8Tile {
 LINEAR_ENTRIES(Fp8Tile)
 
 #ifdef FEW_WARPS
-// Rows as they lie in a checkpoint (codes [rows][K], from row `row` of the part) into tiles. Scale (r / bn, k / bk) is
-// scales[r / bn * columns + k / bk]. One block per row. `largest`: the largest squared norm of a row, scales included.
+// Rows as they lie in a checkpoint (codes [experts][rows][K], from row `row` of the part) into the tiles of experts of
+// row_tiles each. Scale (r / bn, k / bk) of a part is the (r / bn * columns + k / bk)-th of its scale_count. grid (rows,
+// experts). largest [experts]: the largest squared norm of a row, scales included.
 extern "C" __global__ void repack(const unsigned char* codes, const float* scales, unsigned char* tiles, int row, int K,
-                                  int bn, int bk, int columns, int first, int gated_part, unsigned* largest) {
+                                  int bn, int bk, int columns, int scale_count, int first, int gated_part,
+                                  int row_tiles, unsigned* largest) {
     const int packed = packed_row(row + blockIdx.x, first, gated_part), k_tiles = (K + 127) / 128;
-    const unsigned char* source = codes + (size_t)blockIdx.x * K;
-    scales += (size_t)((row + blockIdx.x) / bn) * columns;
+    const unsigned char* source = codes + ((size_t)blockIdx.y * gridDim.x + blockIdx.x) * K;
+    scales += (size_t)blockIdx.y * scale_count + (size_t)((row + blockIdx.x) / bn) * columns;
+    tiles += (size_t)blockIdx.y * row_tiles * k_tiles * Fp8Tile::BYTES;
     float sum = 0.0f;
     for (int i = threadIdx.x; i < k_tiles * 16; i += blockDim.x) {  // 8 columns at a time: step i / 4, lane's t = i % 4
         const int high = packed % 16 / 8, lane = packed % 8 * 4 + i % 4, step = i % 16 / 4, k = i * 8;
@@ -82,6 +85,6 @@ extern "C" __global__ void repack(const unsigned char* codes, const float* scale
         *out = make_uint2(Fp8Tile::arrange(words[0]), Fp8Tile::arrange(words[1]));
         if (BLOCK_SCALES && i % 16 == 0) reinterpret_cast<float*>(tile + 2048)[packed % 16] = scale;
     }
-    record_norm(sum, largest);
+    record_norm(sum, largest + blockIdx.y);
 }
 #endif

@@ -43,14 +43,16 @@ __device__ __forceinline__ float power_of_two(int exponent) {
                            : __uint_as_float((unsigned)(exponent + 127) << 23);
 }
 
-// Rows as they lie in a checkpoint (codes [rows][K/2], scales [rows][K/32], from row `row` of the part) into tiles.
-// One block per row. `largest`: the largest squared norm of a row.
+// Rows as they lie in a checkpoint (codes [experts][rows][K/2], scales [experts][rows][K/32], from row `row` of the part)
+// into the tiles of experts of row_tiles each. grid (rows, experts). largest [experts]: the largest squared norm of a row.
 extern "C" __global__ void repack(const uint4* codes, const unsigned char* scales, unsigned char* tiles, int row, int K,
-                                  int first, int gated_part, float* row_scale, unsigned* largest) {
+                                  int first, int gated_part, int row_tiles, float* row_scale, unsigned* largest) {
     __shared__ int warps[32];
     const int packed = packed_row(row + blockIdx.x, first, gated_part), k_tiles = (K + 127) / 128, blocks = K / 32;
-    codes += (size_t)blockIdx.x * blocks;
-    scales += (size_t)blockIdx.x * blocks;
+    const size_t from = (size_t)blockIdx.y * gridDim.x + blockIdx.x;
+    codes += from * blocks;
+    scales += from * blocks;
+    tiles += (size_t)blockIdx.y * row_tiles * k_tiles * Mxfp4Tile::BYTES;
 
     int top = -1;
     for (int i = threadIdx.x; i < blocks; i += blockDim.x) {
@@ -84,7 +86,7 @@ extern "C" __global__ void repack(const uint4* codes, const unsigned char* scale
         tile[Mxfp4Tile::CODE_BYTES + lane * 2 + high] = byte;
     }
     const float down = power_of_two(top - 127 + 14 - (Mxfp4Tile::TOP - 15));
-    if (threadIdx.x == 0) row_scale[packed] = down;
-    record_norm(sum * down * down, largest);
+    if (threadIdx.x == 0) row_scale[(size_t)blockIdx.y * row_tiles * 16 + packed] = down;
+    record_norm(sum * down * down, largest + blockIdx.y);
 }
 #endif

@@ -41,13 +41,16 @@ struct Nvfp4Tile : Fp4Codes {
 LINEAR_ENTRIES(Nvfp4Tile)
 
 #ifdef FEW_WARPS
-// Rows as they lie in a checkpoint (codes [rows][K/2], scales [rows][K/16], from row `row` of the part) into tiles.
-// One block per row. `largest`: the largest squared norm of a row, global scale left out.
+// Rows as they lie in a checkpoint (codes [experts][rows][K/2], scales [experts][rows][K/16], from row `row` of the part)
+// into the tiles of experts of row_tiles each. grid (rows, experts). largest [experts]: the largest squared norm of a
+// row, global scale left out.
 extern "C" __global__ void repack(const unsigned char* codes, const unsigned char* scales, unsigned char* tiles,
-                                  int row, int K, int first, int gated_part, unsigned* largest) {
+                                  int row, int K, int first, int gated_part, int row_tiles, unsigned* largest) {
     const int packed = packed_row(row + blockIdx.x, first, gated_part), k_tiles = (K + 127) / 128, blocks = K / 16;
-    const uint2* source = reinterpret_cast<const uint2*>(codes + (size_t)blockIdx.x * (K / 2));
-    scales += (size_t)blockIdx.x * blocks;
+    const size_t from = (size_t)blockIdx.y * gridDim.x + blockIdx.x;
+    const uint2* source = reinterpret_cast<const uint2*>(codes + from * (K / 2));
+    scales += from * blocks;
+    tiles += (size_t)blockIdx.y * row_tiles * k_tiles * Nvfp4Tile::BYTES;
     float sum = 0.0f;
     for (int i = threadIdx.x; i < k_tiles * 4; i += blockDim.x) {
         const int lane = packed % 8 * 4 + i % 4, high = packed % 16 / 8;
@@ -67,6 +70,6 @@ extern "C" __global__ void repack(const unsigned char* codes, const unsigned cha
         *reinterpret_cast<uint4*>(tile + high * 512 + lane * 16) = make_uint4(words[0], words[1], words[2], words[3]);
         *reinterpret_cast<unsigned short*>(tile + Nvfp4Tile::CODE_BYTES + lane * 4 + high * 2) = bytes;
     }
-    record_norm(sum, largest);
+    record_norm(sum, largest + blockIdx.y);
 }
 #endif

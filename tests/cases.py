@@ -230,7 +230,7 @@ class ExpertsCase:
 # More than 8 tokens, but few for each expert.
 SPREAD_EXPERTS = [
     *[ExpertsCase(t, 40, 4, 160, 112) for t in (10, 16, 23, 60)],
-    ExpertsCase(20, 8, 2, 1600, 80, "MXFP4", activation="swiglu_oai", bias=True),  # of four warps, and of two
+    ExpertsCase(20, 8, 2, 1600, 96, "MXFP4", activation="swiglu_oai", bias=True),  # of four warps, and of two
     ExpertsCase(37, 30, 3, 160, 112, activation="gelu_tanh", residual=False),
     ExpertsCase(13, 48, 22, 112, 80, activation="relu2", norm=False, residual=False),
     *[ExpertsCase(12, 12, 3, 96, 112, kind) for kind in ("FP8", "FP8/channel", "FP8/128x128", "BF16", "F16", "F32")],

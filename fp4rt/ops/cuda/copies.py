@@ -116,6 +116,11 @@ class _Copy:
     offset: int
     nbytes: int
 
+    def goes_on(self, buffer: _Buffer, place: int, into: cupy.ndarray, offset: int) -> bool:
+        """Whether a piece there lies behind this one in both places."""
+        return (buffer is self.buffer and into is self.into and place == self.place + self.nbytes
+                and offset == self.offset + self.nbytes)
+
 
 class Staging:
     """Uploads under way, and the launches that wait behind them, in the order of the stream.
@@ -132,7 +137,8 @@ class Staging:
         self._open: _Buffer | None = None  # takes more pieces
         self._buffers = 0
 
-    def upload(self, source: np.ndarray, into: cupy.ndarray) -> None:
+    def upload(self, source: np.ndarray, into: cupy.ndarray, offset: int = 0) -> None:
+        """offset: bytes of `into` that stay as they are."""
         if self._pool is None:
             self._pool = ThreadPoolExecutor(_UPLOAD_THREADS, "fp4rt-upload", initializer=runtime.setDevice,
                                             initargs=(self._device.id,))
@@ -144,8 +150,12 @@ class Staging:
             piece = source[begin:begin + _PIECE - place]
             buffer.pieces.append((place, piece))
             buffer.used = min(place + -(-len(piece) // _ALIGNMENT) * _ALIGNMENT, _PIECE)
-            buffer.copies += 1
-            self.pending.append(_Copy(buffer, place, into, begin, len(piece)))
+            last = self.pending[-1] if self.pending else None
+            if isinstance(last, _Copy) and last.goes_on(buffer, place, into, offset + begin):
+                last.nbytes += len(piece)
+            else:
+                buffer.copies += 1
+                self.pending.append(_Copy(buffer, place, into, offset + begin, len(piece)))
             self.defers = True
             begin += len(piece)
             if buffer.used == _PIECE:

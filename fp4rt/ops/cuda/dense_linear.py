@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
 
 from fp4rt.formats import Dense
 from fp4rt.ops.cuda.device import Device
-from fp4rt.ops.cuda.tiles import Layout, Place, panels
+from fp4rt.ops.cuda.tiles import Layout, Place
 
-_SOURCES = {"BF16": (0, np.uint16), "F16": (1, np.uint16), "F32": (2, np.float32)}
+_SOURCES = {"BF16": 0, "F16": 1, "F32": 2}  # enum Source in kernels/dense_linear.cu
 
 
 class DenseLayout(Layout):
@@ -23,15 +23,18 @@ class DenseLayout(Layout):
         self.reason = ("held as fp16 times a power of two per row, exactly" if planes == 1
                        else "held as the sum of two fp16 numbers")
 
-    def repack(self, device: Device, part: Dense, place: Place) -> None:
-        n, k = part.shape
-        source, dtype = _SOURCES[part.format]
-        kernel = device.kernel(self.stem, "repack", **self.few_defines(device.shared_limit))
-        for rows in panels(n, k * part.data.itemsize):
-            count = rows.stop - rows.start
-            data = device.upload(part.data[rows].view(dtype), device.scratch((count, k), dtype))
-            kernel(count, 256, data, source, place.tiles, rows.start, k, place.first, place.gated_part, place.row_scale,
-                   place.largest)
+    def source_bytes(self, part: Dense) -> int:
+        return part.shape[1] * part.data.itemsize
+
+    def kind(self, part: Dense) -> str:
+        return part.format
+
+    def repack(self, device: Device, parts: Sequence[Dense], rows: slice, place: Place) -> None:
+        count, k = rows.stop - rows.start, parts[0].shape[1]
+        data = device.upload_all([part.data[rows] for part in parts])
+        device.kernel(self.stem, "repack", **self.few_defines(device.shared_limit))(
+            (count, len(parts)), 256, data, _SOURCES[parts[0].format], place.tiles, rows.start, k, place.first,
+            place.gated_part, place.row_tiles, place.row_scale, place.largest)
 
 
 DENSE, DENSE_F32 = DenseLayout(1), DenseLayout(2)

@@ -211,6 +211,15 @@ class Device:
             self._staging.upload(host.reshape(-1).view(np.uint8), into)
         return into
 
+    def upload_all(self, hosts: Sequence[np.ndarray]) -> cupy.ndarray:
+        """The bytes of host arrays behind each other, uint8, as `upload` brings them, in scratch memory."""
+        hosts = [np.ascontiguousarray(host) for host in hosts]
+        into, offset = self.scratch(sum(host.nbytes for host in hosts), np.uint8), 0
+        for host in hosts if not self.planning else ():
+            self._staging.upload(host.reshape(-1).view(np.uint8), into, offset)
+            offset += host.nbytes
+        return into
+
     @property
     def uploading(self) -> bool:
         """Whether a launch must wait behind uploads: hand it to `later`."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from fp4rt.errors import Fp4rtError
 from fp4rt.formats import Fp8
 from fp4rt.ops.cuda.device import Device
-from fp4rt.ops.cuda.tiles import Layout, Place, panels
+from fp4rt.ops.cuda.tiles import Layout, Place
 
 
 class Fp8Layout(Layout):
@@ -25,15 +27,19 @@ class Fp8Layout(Layout):
             return 256.0
         return np.repeat(part.scales[:, 0], part.block[0])[:part.shape[0]] * np.float32(256)
 
-    def repack(self, device: Device, part: Fp8, place: Place) -> None:
-        n, k = part.shape
-        kernel = device.kernel(self.stem, "repack", **self.few_defines(device.shared_limit))
-        scales = device.upload(part.scales, device.scratch(part.scales.shape, np.float32))
-        for rows in panels(n, k):
-            count = rows.stop - rows.start
-            codes = device.upload(part.codes[rows], device.scratch((count, k), np.uint8))
-            kernel(count, 128, codes, scales, place.tiles, rows.start, k, *part.block, part.scales.shape[1],
-                   place.first, place.gated_part, place.largest)
+    def source_bytes(self, part: Fp8) -> int:
+        return part.shape[1]
+
+    def kind(self, part: Fp8) -> tuple[int, ...]:
+        return *part.block, *part.scales.shape
+
+    def repack(self, device: Device, parts: Sequence[Fp8], rows: slice, place: Place) -> None:
+        count, k = rows.stop - rows.start, parts[0].shape[1]
+        codes = device.upload_all([part.codes[rows] for part in parts])
+        scales = device.upload_all([part.scales for part in parts])
+        device.kernel(self.stem, "repack", **self.few_defines(device.shared_limit))(
+            (count, len(parts)), 128, codes, scales, place.tiles, rows.start, k, *parts[0].block,
+            parts[0].scales.shape[1], parts[0].scales.size, place.first, place.gated_part, place.row_tiles, place.largest)
 
 
 FP8, FP8_BLOCKS = Fp8Layout(False), Fp8Layout(True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
 
 from fp4rt.formats import Nvfp4
 from fp4rt.ops.cuda.device import Device
-from fp4rt.ops.cuda.tiles import Layout, Place, panels
+from fp4rt.ops.cuda.tiles import Layout, Place
 
 
 class Nvfp4Layout(Layout):
@@ -22,14 +22,16 @@ class Nvfp4Layout(Layout):
     def norm_scale(self, part: Nvfp4) -> float:
         return part.global_scale
 
-    def repack(self, device: Device, part: Nvfp4, place: Place) -> None:
-        n, k = part.shape
-        kernel = device.kernel(self.stem, "repack", **self.few_defines(device.shared_limit))
-        for rows in panels(n, k // 2 + k // 16):
-            count = rows.stop - rows.start
-            codes = device.upload(part.codes[rows], device.scratch((count, k // 2), np.uint8))
-            scales = device.upload(part.block_scales[rows], device.scratch((count, k // 16), np.uint8))
-            kernel(count, 128, codes, scales, place.tiles, rows.start, k, place.first, place.gated_part, place.largest)
+    def source_bytes(self, part: Nvfp4) -> int:
+        return part.shape[1] // 2 + part.shape[1] // 16
+
+    def repack(self, device: Device, parts: Sequence[Nvfp4], rows: slice, place: Place) -> None:
+        count, k = rows.stop - rows.start, parts[0].shape[1]
+        codes = device.upload_all([part.codes[rows] for part in parts])
+        scales = device.upload_all([part.block_scales[rows] for part in parts])
+        device.kernel(self.stem, "repack", **self.few_defines(device.shared_limit))(
+            (count, len(parts)), 128, codes, scales, place.tiles, rows.start, k, place.first, place.gated_part,
+            place.row_tiles, place.largest)
 
 
 NVFP4 = Nvfp4Layout()

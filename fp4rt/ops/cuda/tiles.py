@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -36,22 +37,24 @@ def sum_defines(sums: int, warps: int) -> dict[str, int]:
     return {} if sums == 1 else {"SUM_WARPS": warps, "SUM_DIVIDED": int(sums == 3)}
 
 
-def panels(rows: int, row_bytes: int) -> Iterator[slice]:
-    """Ranges of rows that fit a panel each."""
-    step = max(1, _PANEL // max(row_bytes, 1))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
+def panels(count: int, nbytes: int) -> Iterator[slice]:
+    """Ranges of so many things, of nbytes each, that fit a panel each."""
+    step = max(1, _PANEL // max(nbytes, 1))
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a part goes: below the parts before it (`first`), or, in a gated pair, as every other 8 rows (`gated_part`
-    0 or 1, else -1). largest: uint32 bits of the largest squared row norm, for repack to raise."""
+    """Where a part of experts that lie behind each other, row_tiles each, goes in each of them: below the parts before
+    it (`first`), or, in a gated pair, as every other 8 rows (`gated_part` 0 or 1, else -1). largest: uint32 bits of
+    each expert's largest squared row norm, for repack to raise."""
 
     tiles: cupy.ndarray
     row_scale: cupy.ndarray
     first: int
     gated_part: int
+    row_tiles: int
     largest: cupy.ndarray
 
 
@@ -89,8 +92,16 @@ class Layout(ABC):
         return 1.0
 
     @abstractmethod
-    def repack(self, device: Device, part: Weight, place: Place) -> None:
-        """Bring a part to its place, panel by panel."""
+    def source_bytes(self, part: Weight) -> int:
+        """Bytes of a row as it comes."""
+
+    def kind(self, part: Weight) -> Any:
+        """What must be equal for experts' parts to be repacked together."""
+        return None
+
+    @abstractmethod
+    def repack(self, device: Device, parts: Sequence[Weight], rows: slice, place: Place) -> None:
+        """Bring these rows of one part of several experts, all of a kind and shape, to their place."""
 
 
 @dataclass(frozen=True)
@@ -148,10 +159,20 @@ class Packed:
                 raise Fp4rtError("checkpoint", f"{self.name}: holds NaN or infinity; the checkpoint is damaged; "
                                                "download or export it again")
             # The kernel's sum of up to K squares is in float32; a thousandth covers its rounding.
-            norms = np.sqrt(squares.astype(np.float64)).reshape(self._norm_scales.shape) * self._norm_scales
+            norms = np.sqrt(squares.astype(np.float64)).reshape(self._norm_scales.T.shape).T * self._norm_scales
             self._bounds["norms"] = (1.001 * norms.max(axis=0)).tolist()
         length *= self.largest_prescale
         return [length * norm + bias for norm, bias in zip(self._bounds["norms"], self._largest_bias)]
+
+
+def _alike(kinds: Sequence[Any], nbytes: int) -> Iterator[slice]:
+    """Ranges of neighbours of one kind, of nbytes each, that fit a panel; at least one in each."""
+    start = 0
+    for kind, group in itertools.groupby(kinds):
+        end = start + len(list(group))
+        for panel in panels(end - start, nbytes):
+            yield slice(start + panel.start, start + panel.stop)
+        start = end
 
 
 def pack(device: Device, experts: Sequence[Sequence[Weight]], layout: Layout, gated: bool) -> Packed:
@@ -162,7 +183,7 @@ def pack(device: Device, experts: Sequence[Sequence[Weight]], layout: Layout, ga
     row_tiles = -(-counts[0] // 8) if gated else -(-sum(counts) // 16)
     rows, tile_bytes = row_tiles * 16, row_tiles * -(-k // layout.tile_k) * layout.tile_bytes
     tiles = device.zeros(len(experts) * tile_bytes, np.uint8)
-    largest = device.zeros(len(experts) * len(parts), np.uint32)
+    largest = device.zeros(len(parts) * len(experts), np.uint32)
 
     firsts = [0] * len(parts) if gated else np.cumsum([0, *counts[:-1]]).tolist()
     packed_rows = [np.arange(count) // 8 * 16 + index * 8 + np.arange(count) % 8 if gated else first + np.arange(count)
@@ -176,10 +197,15 @@ def pack(device: Device, experts: Sequence[Sequence[Weight]], layout: Layout, ga
             if part.bias is not None:
                 biases[e, at] = part.bias
     row_scale = device.upload(scales.reshape(-1))
-    for e, parts in enumerate(experts):
-        for index, (part, first) in enumerate(zip(parts, firsts)):
-            layout.repack(device, part, Place(tiles[e * tile_bytes:], row_scale[e * rows:], first, index if gated else -1,
-                                              largest[e * len(parts) + index:]))
+    for index, (first, count) in enumerate(zip(firsts, counts)):
+        row_bytes = layout.source_bytes(parts[index])
+        for together in _alike([layout.kind(parts[index]) for parts in experts], count * row_bytes):
+            e = together.start
+            place = Place(tiles[e * tile_bytes:], row_scale[e * rows:], first, index if gated else -1, row_tiles,
+                          largest[index * len(experts) + e:])
+            # Several experts are a panel together; what is too large for one alone comes in several.
+            for panel in panels(count, (together.stop - e) * row_bytes):
+                layout.repack(device, [parts[index] for parts in experts[together]], panel, place)
     prescale = None
     if any(parts[0].pre_quant_scale is not None for parts in experts):
         prescale = np.stack([np.ones(k, np.float32) if parts[0].pre_quant_scale is None

@@ -26,6 +26,16 @@ def test_an_upload_arrives_whole(device, nbytes: int):
     np.testing.assert_array_equal(device.fetch(device.upload(host)).result(), host)
 
 
+def test_arrays_are_uploaded_behind_each_other(device):
+    """Pieces that lie behind each other in pinned memory as well are one copy; others, and those over its edges, are not."""
+    rng = np.random.default_rng(0)
+    hosts = [np.frombuffer(rng.bytes(n), np.uint8) for n in (1, 512, 256, 5 << 20, 255, 4096, 0, 768, 1 << 22, 3)] * 3
+    hosts[4] = rng.standard_normal((8, 16)).astype(np.float32)[:, ::2]
+    got = device.fetch(device.upload_all(hosts)).result()
+    np.testing.assert_array_equal(got, np.concatenate([np.ascontiguousarray(h).reshape(-1).view(np.uint8) for h in hosts]))
+    assert not device.upload_all([np.zeros(0, np.uint8)]).nbytes
+
+
 def test_launches_take_their_turn_behind_uploads(device):
     """Each of many uploads to one place is copied away by a launch before the next one overwrites it."""
     rng = np.random.default_rng(0)

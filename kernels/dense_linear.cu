@@ -34,9 +34,9 @@ LINEAR_ENTRIES(DenseTile)
 #ifdef FEW_WARPS
 enum Source { BF16 = 0, F16 = 1, F32 = 2 };
 
-// Rows as they lie in a checkpoint ([experts][rows][K] of `source`, from row `row` of the part) into the tiles of experts
-// of row_tiles each, scaled so that the largest value of a row lies in [2^14, 2^15). grid (rows, experts). largest
-// [experts]: the largest squared norm of a row.
+// Rows as they lie in a checkpoint ([experts][rows][K] of `source`, from row `row` of the part) into the tiles of
+// experts of row_tiles each, scaled so that the largest value of a row lies in [2^14, 2^15). grid (rows, experts).
+// largest [experts]: the largest squared norm of a row.
 extern "C" __global__ void repack(const void* data, int source, unsigned char* tiles, int row, int K, int first,
                                   int gated_part, int row_tiles, float* row_scale, unsigned* largest) {
     __shared__ float warps[32];

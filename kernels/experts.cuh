@@ -9,12 +9,12 @@
 // result depends on nothing but its own token. Many warps with few registers hide the way from memory better than tiles
 // fetched ahead, and what a block does besides its few tiles is kept short.
 //
-// Without `shares`, row token * slots + slot of the output is an expert's result, or grouped, row i the i-th pair's. With
-// them, row token is the sum of results times `shares` in the order of the slots. A block hands each number over with a mark beside it, in one store, and
-// leaves; a fence and a count would keep it on the chip for two more ways to memory. Behind the last pair, `adders`
-// blocks wait for the numbers: at most one for each SM, where others have room beside it, so that these get on in
-// whatever order they begin. They wait for every slot, so two slots of a token with one expert would never end:
-// kernels/route.cu gives distinct ones whatever the logits.
+// Without `shares`, row token * slots + slot of the output is an expert's result, or grouped, row i the i-th pair's.
+// With them, row token is the sum of results times `shares` in the order of the slots. A block hands each number over
+// with a mark beside it, in one store, and leaves; a fence and a count would keep it on the chip for two more ways to
+// memory. Behind the last pair, `adders` blocks wait for the numbers: at most one for each SM, where others have room
+// beside it, so that these get on in whatever order they begin. They wait for every slot, so two slots of a token with
+// one expert would never end: kernels/route.cu gives distinct ones whatever the logits.
 struct Choices {
     const int* ids;                   // [tokens][slots]
     int tokens, slots;

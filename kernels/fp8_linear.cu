@@ -53,8 +53,8 @@ LINEAR_ENTRIES(Fp8Tile)
 
 #ifdef FEW_WARPS
 // Rows as they lie in a checkpoint (codes [experts][rows][K], from row `row` of the part) into the tiles of experts of
-// row_tiles each. Scale (r / bn, k / bk) of a part is the (r / bn * columns + k / bk)-th of its scale_count. grid (rows,
-// experts). largest [experts]: the largest squared norm of a row, scales included.
+// row_tiles each. Scale (r / bn, k / bk) of a part is the (r / bn * columns + k / bk)-th of its scale_count. grid
+// (rows, experts). largest [experts]: the largest squared norm of a row, scales included.
 extern "C" __global__ void repack(const unsigned char* codes, const float* scales, unsigned char* tiles, int row, int K,
                                   int bn, int bk, int columns, int scale_count, int first, int gated_part,
                                   int row_tiles, unsigned* largest) {

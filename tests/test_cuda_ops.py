@@ -159,6 +159,17 @@ def test_a_row_in_any_company_up_to_eight_gives_the_same_bits(ops, case: LinearC
         np.testing.assert_array_equal(values(ops, part), together[8 - count:])
 
 
+@pytest.mark.parametrize("tokens", (1, 2))
+def test_rows_normed_by_the_linear_have_the_bits_of_rows_normed_before_it(ops, monkeypatch, tokens: int):
+    from fp4rt.ops.cuda import linear
+
+    case, found = LinearCase(tokens, (("NVFP4", 208), ("NVFP4", 208)), 4000, gated=True, norm=True), []
+    for most in (0, 2):
+        monkeypatch.setattr(linear, "FUSED_NORM_TOKENS", most)
+        found.append(values(ops, run(ops, case)[0]))
+    np.testing.assert_array_equal(*found)
+
+
 def test_blocks_that_share_rows_leave_nothing_behind(ops):
     case = LinearCase(8, (("NVFP4", 1700),), 14336)
     parts, x, *_ = case.build()

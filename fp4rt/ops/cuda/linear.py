@@ -19,7 +19,9 @@ from fp4rt.ops.cuda.layouts import LAYOUTS, choose_layout
 from fp4rt.ops.cuda.rms_norm import Normed
 from fp4rt.ops.cuda.tiles import FEW_TOKENS, Layout, Packed, few_warps, pack, sum_bytes, sum_defines
 
-FUSED_NORM_TOKENS = 1  # up to which every block norms the rows itself; more are faster normed once
+# Up to which every block norms the rows itself; more are faster normed once. The kernel takes any number: written for
+# one alone it is slower, by how the compiler then schedules its main loop.
+FUSED_NORM_TOKENS = 1
 UNDIVIDED, WHOLE, SHARED = range(3)  # enum Division in kernels/linear_few.cuh
 STORE_HALF, STORE_FLOAT, ADD_FLOAT, STORE_ORDERED, STORE_INTERLEAVED = range(5)  # enum Output in kernels/linear.cuh
 _NO_NORM = None, 0.0, 0.0

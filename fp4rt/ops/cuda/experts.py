@@ -175,11 +175,12 @@ def _grouped(device: Device, x: Activation, ids: cupy.ndarray, weights: cupy.nda
         inner = Activation(None, inner_exponent, inner_bound, ordered=ordered)
     else:
         inner = Activation(device.scratch((grouped, up.features), np.float16), inner_exponent, inner_bound)
-    _many(device, x, rows, blocks, up, choices[0], inner, activation)
+    _launch_grouped(device, x, rows, blocks, up, choices[0], inner, activation)
     inner, _ = _scaled(device, inner, ids, down, 1, places)
     each = 0 if each_bound is None else exponent_for(each_bound)
     outputs = device.scratch((pairs, down.features), np.float32 if each_bound is None else np.float16)
-    _many(device, inner, None, blocks, down, choices[1], Activation(outputs[:grouped], each, each_bound), None)
+    _launch_grouped(device, inner, None, blocks, down, choices[1], Activation(outputs[:grouped], each, each_bound),
+                    None)
     if apart and by_warpgroups:
         given = replace(given, data=None, ordered=warpgroup.order(device, given.data, up.layout))
     for e in range(in_blocks, up.experts):
@@ -192,31 +193,31 @@ def _grouped(device: Device, x: Activation, ids: cupy.ndarray, weights: cupy.nda
         math.ldexp(1.0, each), math.ldexp(1.0, -exponent), shared=8 * slots + _AHEAD, pdl=True)
 
 
-def _many(device: Device, x: Activation, rows: cupy.ndarray | None, blocks: cupy.ndarray, packed: Packed,
-          many: ManyTokens | warpgroup.Warpgroups | None, out: Activation, activation: str | None) -> None:
-    """many: None for the kernel that takes few tokens."""
+def _launch_grouped(device: Device, x: Activation, rows: cupy.ndarray | None, blocks: cupy.ndarray, packed: Packed,
+                    variant: ManyTokens | warpgroup.Warpgroups | None, out: Activation, activation: str | None) -> None:
+    """variant: None for the few-token kernel."""
     warps = _few_warps(packed)
     store = STORE_HALF if out.ordered is not None or out.data.dtype == np.float16 else STORE_FLOAT
-    if many is None:
+    if variant is None:
         row_tiles = _few_row_tiles(packed.layout, FEW_TOKENS)
         device.kernel(packed.layout.stem, "few_grouped", **_few_defines(packed.layout, warps, row_tiles))(
             (-(-packed.row_tiles // row_tiles), blocks.shape[0]), warps * 32, packed.tiles, x.data, rows, blocks,
             packed.in_features, packed.row_tiles, out.data, *_epilogue(packed, x, store, activation, out.exponent),
             pdl=True)
         return
-    if isinstance(many, warpgroup.Warpgroups):
+    if isinstance(variant, warpgroup.Warpgroups):
         ordered = x.ordered or warpgroup.order_grouped(device, x.data, rows, blocks, out.shape[0], packed.layout,
-                                                       many.tokens)
+                                                       variant.tokens)
         to, mode = (out.data, store) if out.ordered is None else (out.ordered.data, ordered_mode(out.ordered))
         row_scale, bias, _, *rest = _epilogue(packed, x, mode, activation, out.exponent)
-        warpgroup.launch_grouped(device, ordered, blocks, packed, many, warps, to,
+        warpgroup.launch_grouped(device, ordered, blocks, packed, variant, warps, to,
                                  (row_scale, bias, to.strides[0] // to.itemsize, *rest))
         return
     limit = device.shared_limit
-    kernel = device.kernel(packed.layout.stem, "many_experts", **_many_defines(packed.layout, many, limit, warps))
-    kernel((blocks.shape[0], -(-packed.row_tiles // (many.rows // 16))), many.threads, packed.tiles, x.data, rows, blocks,
-           packed.in_features, packed.row_tiles, out.data, *_epilogue(packed, x, store, activation, out.exponent),
-           shared=many.stages(packed.layout, limit) * many.stage_bytes(packed.layout), pdl=True)
+    kernel = device.kernel(packed.layout.stem, "many_experts", **_many_defines(packed.layout, variant, limit, warps))
+    kernel((blocks.shape[0], -(-packed.row_tiles // (variant.rows // 16))), variant.threads, packed.tiles, x.data, rows,
+           blocks, packed.in_features, packed.row_tiles, out.data, *_epilogue(packed, x, store, activation, out.exponent),
+           shared=variant.stages(packed.layout, limit) * variant.stage_bytes(packed.layout), pdl=True)
 
 
 def _choose(device: Device, up: Packed, down: Packed, pairs: int, sums: int) -> tuple[ManyTokens, ManyTokens]:

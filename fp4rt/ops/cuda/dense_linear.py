@@ -29,12 +29,12 @@ class DenseLayout(Layout):
     def kind(self, part: Dense) -> str:
         return part.format
 
-    def repack(self, device: Device, parts: Sequence[Dense], rows: slice, place: Place) -> None:
-        count, k = rows.stop - rows.start, parts[0].shape[1]
-        data = device.upload_all([part.data[rows] for part in parts])
-        device.kernel(self.stem, "repack", **self.few_defines(device.shared_limit))(
-            (count, len(parts)), 256, data, _SOURCES[parts[0].format], place.tiles, rows.start, k, place.first,
-            place.gated_part, place.row_tiles, place.row_scale, place.largest)
+    def repack(self, device: Device, parts: Sequence[Dense], place: Place) -> None:
+        kernel = device.kernel(self.stem, "repack", **self.few_defines(device.shared_limit))
+        for rows in self.panels(parts):
+            data = device.upload_all([part.data[rows] for part in parts])
+            kernel((rows.stop - rows.start, len(parts)), 256, data, _SOURCES[parts[0].format], place.tiles, rows.start,
+                   parts[0].shape[1], place.first, place.gated_part, place.row_tiles, place.row_scale, place.largest)
 
 
 DENSE, DENSE_F32 = DenseLayout(1), DenseLayout(2)

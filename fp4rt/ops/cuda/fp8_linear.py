@@ -33,13 +33,14 @@ class Fp8Layout(Layout):
     def kind(self, part: Fp8) -> tuple[int, ...]:
         return *part.block, *part.scales.shape
 
-    def repack(self, device: Device, parts: Sequence[Fp8], rows: slice, place: Place) -> None:
-        count, k = rows.stop - rows.start, parts[0].shape[1]
-        codes = device.upload_all([part.codes[rows] for part in parts])
+    def repack(self, device: Device, parts: Sequence[Fp8], place: Place) -> None:
+        kernel = device.kernel(self.stem, "repack", **self.few_defines(device.shared_limit))
         scales = device.upload_all([part.scales for part in parts])
-        device.kernel(self.stem, "repack", **self.few_defines(device.shared_limit))(
-            (count, len(parts)), 128, codes, scales, place.tiles, rows.start, k, *parts[0].block,
-            parts[0].scales.shape[1], parts[0].scales.size, place.first, place.gated_part, place.row_tiles, place.largest)
+        for rows in self.panels(parts):
+            codes = device.upload_all([part.codes[rows] for part in parts])
+            kernel((rows.stop - rows.start, len(parts)), 128, codes, scales, place.tiles, rows.start, parts[0].shape[1],
+                   *parts[0].block, parts[0].scales.shape[1], parts[0].scales.size, place.first, place.gated_part,
+                   place.row_tiles, place.largest)
 
 
 FP8, FP8_BLOCKS = Fp8Layout(False), Fp8Layout(True)

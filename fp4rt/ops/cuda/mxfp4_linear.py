@@ -19,13 +19,13 @@ class Mxfp4Layout(Layout):
     def source_bytes(self, part: Mxfp4) -> int:
         return part.shape[1] // 2 + part.shape[1] // 32
 
-    def repack(self, device: Device, parts: Sequence[Mxfp4], rows: slice, place: Place) -> None:
-        count, k = rows.stop - rows.start, parts[0].shape[1]
-        codes = device.upload_all([part.codes[rows] for part in parts])
-        scales = device.upload_all([part.block_scales[rows] for part in parts])
-        device.kernel(self.stem, "repack", **self.few_defines(device.shared_limit))(
-            (count, len(parts)), 128, codes, scales, place.tiles, rows.start, k, place.first, place.gated_part,
-            place.row_tiles, place.row_scale, place.largest)
+    def repack(self, device: Device, parts: Sequence[Mxfp4], place: Place) -> None:
+        kernel = device.kernel(self.stem, "repack", **self.few_defines(device.shared_limit))
+        for rows in self.panels(parts):
+            codes = device.upload_all([part.codes[rows] for part in parts])
+            scales = device.upload_all([part.block_scales[rows] for part in parts])
+            kernel((rows.stop - rows.start, len(parts)), 128, codes, scales, place.tiles, rows.start, parts[0].shape[1],
+                   place.first, place.gated_part, place.row_tiles, place.row_scale, place.largest)
 
 
 MXFP4 = Mxfp4Layout()

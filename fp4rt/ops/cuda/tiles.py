@@ -37,7 +37,7 @@ def sum_defines(sums: int, warps: int) -> dict[str, int]:
     return {} if sums == 1 else {"SUM_WARPS": warps, "SUM_DIVIDED": int(sums == 3)}
 
 
-def panels(count: int, nbytes: int) -> Iterator[slice]:
+def _panels(count: int, nbytes: int) -> Iterator[slice]:
     """Ranges of so many things, of nbytes each, that fit a panel each."""
     step = max(1, _PANEL // max(nbytes, 1))
     for start in range(0, count, step):
@@ -100,8 +100,12 @@ class Layout(ABC):
         return None
 
     @abstractmethod
-    def repack(self, device: Device, parts: Sequence[Weight], rows: slice, place: Place) -> None:
-        """Bring these rows of one part of several experts, all of a kind and shape, to their place."""
+    def repack(self, device: Device, parts: Sequence[Weight], place: Place) -> None:
+        """Bring one part of several experts, all of a kind and shape, to their place, panel by panel."""
+
+    def panels(self, parts: Sequence[Weight]) -> Iterator[slice]:
+        """Rows that are brought at once: all of several experts', where those fit a panel together."""
+        return _panels(parts[0].shape[0], len(parts) * self.source_bytes(parts[0]))
 
 
 @dataclass(frozen=True)
@@ -170,7 +174,7 @@ def _alike(kinds: Sequence[Any], nbytes: int) -> Iterator[slice]:
     start = 0
     for kind, group in itertools.groupby(kinds):
         end = start + len(list(group))
-        for panel in panels(end - start, nbytes):
+        for panel in _panels(end - start, nbytes):
             yield slice(start + panel.start, start + panel.stop)
         start = end
 
@@ -198,14 +202,12 @@ def pack(device: Device, experts: Sequence[Sequence[Weight]], layout: Layout, ga
                 biases[e, at] = part.bias
     row_scale = device.upload(scales.reshape(-1))
     for index, (first, count) in enumerate(zip(firsts, counts)):
-        row_bytes = layout.source_bytes(parts[index])
-        for together in _alike([layout.kind(parts[index]) for parts in experts], count * row_bytes):
+        same = [parts[index] for parts in experts]
+        for together in _alike([layout.kind(part) for part in same], count * layout.source_bytes(same[0])):
             e = together.start
-            place = Place(tiles[e * tile_bytes:], row_scale[e * rows:], first, index if gated else -1, row_tiles,
-                          largest[index * len(experts) + e:])
-            # Several experts are a panel together; what is too large for one alone comes in several.
-            for panel in panels(count, (together.stop - e) * row_bytes):
-                layout.repack(device, [parts[index] for parts in experts[together]], panel, place)
+            layout.repack(device, same[together],
+                          Place(tiles[e * tile_bytes:], row_scale[e * rows:], first, index if gated else -1, row_tiles,
+                                largest[index * len(experts) + e:]))
     prescale = None
     if any(parts[0].pre_quant_scale is not None for parts in experts):
         prescale = np.stack([np.ones(k, np.float32) if parts[0].pre_quant_scale is None
